@@ -191,7 +191,7 @@ class StepAdapters:
 
 def kernels_for(linear: Linear) -> Library | None:
     """The kernels that add what adapters have to the products of a model, of which this is one."""
-    if linear.weight.device.type != "cpu":
+    if linear.quantized is None and linear.weight.device.type != "cpu":  # quantized weights are on CPUs
         return None
     dtype, kernels = linear.weight.dtype, native.library()
     return kernels if dtype is torch.float32 or (dtype is torch.bfloat16 and linear.has_kernel) else None

@@ -47,11 +47,11 @@ def test_experts_in_mxfp4_give_the_logits_of_transformers(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(not build.is_possible(), reason="no compiler, or another kind of machine")
-def test_experts_stay_in_mxfp4_on_a_cpu_and_give_the_same_bits(tmp_path: Path) -> None:
+def test_experts_stay_in_mxfp4_on_a_cpu_and_give_nearly_the_same(tmp_path: Path) -> None:
     expected = write(tmp_path)
     kept, expanded = (serve(tmp_path, dtype="bfloat16", quantization=choice) for choice in ("auto", "none"))
     assert {buffer for buffer, _ in kept.weights.schemes} == {"expert_gate_up", "expert_down"}
     assert kept.weights.nbytes() < expanded.weights.nbytes()
     found, other = (DenseRunner(model).feed([prompt()]) for model in (kept, expanded))
     assert (found - expected).abs().mean() < 0.05
-    assert (found - other).abs().mean() < 0.02
+    assert (found - other).abs().mean() < 0.03  # a CPU with VNNI rounds the rows to int8, one with AMX only few rows
