@@ -244,7 +244,7 @@ INLINE void shrink_tile(const struct added *added, const struct job *jobs) {
     }
     int64_t tile = added->segment[jobs[0].segment].tile;
     const bf16 *x = (const bf16 *)added->x + tile * TILE_ROWS * added->depth;
-    multiply_tiles(1, x, 0, weights[0], weights[1], added->depth, 1, sums, 2 * LANES, 0, 0);
+    multiply_tiles(1, x, 0, weights, weights, added->depth, 1, sums, 2 * LANES, 0, 0);
     for (int i = 0; i < 2 && jobs[i].segment >= 0; i++)
         for (uint32_t rows = added->segment[jobs[i].segment].rows; rows; rows &= rows - 1) {
             int row = __builtin_ctz(rows);

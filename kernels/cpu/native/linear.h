@@ -66,40 +66,41 @@ INLINE const bf16 *packed_block(const struct plan *plan, int64_t block, int64_t 
     return plan->p->packed + block * plan->depth * LANES + from * LANES;
 }
 
-/* Some rows of a block through a panel; `next` is the panel after it, in the same piece of k. */
+/* Some rows of a block through a panel; `next` is the panel that the thread reads after it, in the same piece of k. */
 INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, const bf16 *const *next, int64_t row,
                           int64_t rows, int64_t from, int64_t depth, float *sums, int64_t stride) {
 #if defined(__AMX_BF16__)
     if (plan->tiled) {
         const bf16 *x = (const bf16 *)plan->x + row * plan->depth + from * 16;
-        if (rows > 16) { /* each grid of rows asks for a share of the next panel's blocks, one after the other */
+        if (rows > 16 && plan->padded_rows <= MANY_ROWS) { /* the first rows ask for the weight, the others find it */
+            multiply_tiles(2, x, 16 * plan->depth, weight, row ? 0 : next, depth, !from, sums, stride, 0, 0);
+        } else if (rows > 16) { /* each grid of rows asks for a share of the next panel's blocks, one after the other */
             int64_t tiles = plan->padded_rows / GRID_ROWS, tile = row / GRID_ROWS, half = (tiles + 1) / 2;
             int64_t lines = (16 + half - 1) / half;
-            const bf16 *ahead = next[tile >= half] + tile % half * lines * depth;
-            multiply_tiles(2, x, 16 * plan->depth, weight[0], weight[1], depth, !from, sums, stride, ahead, (int)lines);
+            const bf16 *share = next[tile >= half] + tile % half * lines * depth;
+            multiply_tiles(2, x, 16 * plan->depth, weight, 0, depth, !from, sums, stride, share, (int)lines);
         } else {
-            multiply_tiles(1, x, 0, weight[0], weight[1], depth, !from, sums, stride, 0, 0);
+            multiply_tiles(1, x, 0, weight, next, depth, !from, sums, stride, 0, 0);
         }
         return;
     }
 #endif
-    (void)next;
     const factor *x = plan->x + row * plan->depth + from;
     if (plan->blocks == FEW_BLOCKS) {
         switch (rows) {
-        case 1: multiply_few(1, FEW_BLOCKS, x, plan->depth, weight, depth, sums, stride); return;
+        case 1: multiply_few(1, FEW_BLOCKS, x, plan->depth, weight, next, depth, sums, stride); return;
 #if FEW_ROWS > 1
-        case 2: multiply_few(2, FEW_BLOCKS, x, plan->depth, weight, depth, sums, stride); return;
+        case 2: multiply_few(2, FEW_BLOCKS, x, plan->depth, weight, next, depth, sums, stride); return;
 #endif
 #if FEW_ROWS > 2
-        case 3: multiply_few(3, FEW_BLOCKS, x, plan->depth, weight, depth, sums, stride); return;
-        default: multiply_few(4, FEW_BLOCKS, x, plan->depth, weight, depth, sums, stride); return;
+        case 3: multiply_few(3, FEW_BLOCKS, x, plan->depth, weight, next, depth, sums, stride); return;
+        default: multiply_few(4, FEW_BLOCKS, x, plan->depth, weight, next, depth, sums, stride); return;
 #endif
         }
     }
 #if !defined(__AMX_BF16__)
     for (int place = 0; place < plan->blocks; place += GRID_BLOCKS)
-        multiply_few(GRID_ROWS, GRID_BLOCKS, x, plan->depth, weight + place, depth, sums + place * LANES, stride);
+        multiply_few(GRID_ROWS, GRID_BLOCKS, x, plan->depth, weight + place, 0, depth, sums + place * LANES, stride);
 #endif
 }
 
@@ -265,9 +266,9 @@ INLINE void add_adapters(const struct plan *plan, int64_t panel, int64_t row, in
     expand(&plan->added, blocks, plan->blocks, ahead, row, rows, sums, stride);
 }
 
-/* The blocks of a panel from number `from` on, expanded if need be; `next`: those of the panel after it. */
-INLINE void load_panel(const struct plan *plan, int64_t panel, int64_t from, int64_t depth, bf16 *expanded,
-                       const bf16 **weight, const bf16 **next) {
+/* The blocks of a panel from number `from` on, expanded if need be; `next`: those of panel `after`. */
+INLINE void load_panel(const struct plan *plan, int64_t panel, int64_t after, int64_t from, int64_t depth,
+                       bf16 *expanded, const bf16 **weight, const bf16 **next) {
     const struct quantized *quantized = &plan->p->quantized;
     for (int place = 0; place < plan->blocks; place++) {
         int64_t block = block_of(plan, panel, place);
@@ -277,9 +278,14 @@ INLINE void load_panel(const struct plan *plan, int64_t panel, int64_t from, int
             weight[place] = next[place] = out;
         } else {
             weight[place] = packed_block(plan, block, from);
-            next[place] = packed_block(plan, block_of(plan, panel + 1, place), from);
+            next[place] = packed_block(plan, block_of(plan, after, place), from);
         }
     }
+}
+
+/* The panel that a thread most likely takes after `panel`, the last of whose chunk is the one before `end`. */
+INLINE int64_t panel_after(const struct plan *plan, int64_t panel, int64_t begin, int64_t end) {
+    return panel + 1 < end ? panel + 1 : end + (end - begin) * (plan->p->threads - 1);
 }
 
 /* All rows of a block through some panels; `kept` has the sums of a step of k where there are several steps. */
@@ -293,7 +299,7 @@ INLINE void compute_panels(const struct plan *plan, int64_t first, int64_t rows,
             for (int64_t from = piece; from < piece_end; from += plan->step) {
                 int64_t depth = piece_end - from < plan->step ? piece_end - from : plan->step;
                 const bf16 *weight[FEW_BLOCKS], *next[FEW_BLOCKS];
-                load_panel(plan, panel, from, depth, expanded, weight, next);
+                load_panel(plan, panel, panel_after(plan, panel, begin, end), from, depth, expanded, weight, next);
                 for (int64_t row = 0; row < rows; row += plan->grid_rows) {
                     int64_t place = in_pieces ? panel - begin : 0;
                     float *sums = kept ? kept + (place * plan->padded_rows + row) * stride : local;
@@ -315,7 +321,7 @@ static void compute_integers(const struct plan *plan, int64_t first, int64_t row
     float sums[4 * MOST_COLUMNS] __attribute__((aligned(CACHE_LINE)));
     const struct quantized *quantized = &plan->p->quantized;
     for (int64_t panel = begin; panel < end; panel++) {
-        int64_t blocks[FEW_BLOCKS], after[FEW_BLOCKS], next = panel + (panel + 1 < end ? 1 : plan->p->threads);
+        int64_t blocks[FEW_BLOCKS], after[FEW_BLOCKS], next = panel_after(plan, panel, begin, end);
         for (int place = 0; place < plan->blocks; place++) {
             blocks[place] = block_of(plan, panel, place);
             after[place] = block_of(plan, next, place);
@@ -395,7 +401,7 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
     int threads = plan->p->threads;
     int expands = plan->p->quantized.numbers && !plan->integers;
     plan->piece = plan->step = plan->depth;
-    if (rows > MANY_ROWS) {
+    if (plan->tiled || rows > MANY_ROWS) {
         int64_t turns = (plan->panels + threads * CHUNK_PANELS - 1) / (threads * CHUNK_PANELS); /* of each thread */
         block.chunk = (plan->panels + threads * turns - 1) / (threads * turns);
     }

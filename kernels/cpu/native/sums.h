@@ -5,6 +5,7 @@
 #include "vector.h"
 
 #define PREFETCH 4096 /* bytes */
+#define AHEAD_DEPTH (PREFETCH / (2 * LANES)) /* of k, in a block of 16 columns */
 
 #if defined(__AMX_BF16__)
 #define GRID_ROWS 32
@@ -32,18 +33,38 @@ typedef bf16 factor;
 typedef float factor;
 #endif
 
+/* What is asked for with number k of a block is at ahead[block] + k * LANES. That is AHEAD_DEPTH further in the block, and
+ * behind its end the beginning of the block of the panel that comes next, if the caller names it. */
+INLINE void ask_ahead(int blocks, const bf16 *const *weight, const bf16 **ahead) {
+#pragma GCC unroll 4
+    for (int block = 0; block < blocks; block++)
+        ahead[block] = weight[block] + AHEAD_DEPTH * LANES;
+}
+
+INLINE void ask_next(int blocks, const bf16 *const *next, int64_t k, const bf16 **ahead) {
+    if (!next)
+        return;
+#pragma GCC unroll 4
+    for (int block = 0; block < blocks; block++)
+        ahead[block] = next[block] - k * LANES;
+}
+
 #if defined(__AMX_BF16__)
 
 /* As TDPBF16PS adds up (16 pairs, even and odd numbers apart, then all): a row has the same bits by both ways. */
 INLINE void multiply_few(int rows, int blocks, const factor *x, int64_t stride, const bf16 *const *weight,
-                         int64_t depth, float *sums, int64_t sums_stride) {
+                         const bf16 *const *next, int64_t depth, float *sums, int64_t sums_stride) {
     vec sum[FEW_ROWS][FEW_BLOCKS];
+    const bf16 *ahead[FEW_BLOCKS];
+    ask_ahead(blocks, weight, ahead);
 #pragma GCC unroll 2
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
         for (int block = 0; block < blocks; block++)
             sum[row][block] = vec_load(sums + row * sums_stride + block * LANES);
     for (int64_t from = 0; from < depth; from += TILE_DEPTH) {
+        if (from == depth - AHEAD_DEPTH)
+            ask_next(blocks, next, from, ahead);
         vec even[FEW_ROWS][FEW_BLOCKS], odd[FEW_ROWS][FEW_BLOCKS];
 #pragma GCC unroll 2
         for (int row = 0; row < rows; row++)
@@ -54,7 +75,7 @@ INLINE void multiply_few(int rows, int blocks, const factor *x, int64_t stride, 
 #pragma GCC unroll 4
             for (int block = 0; block < blocks; block++) {
                 const bf16 *line = weight[block] + k * LANES;
-                _mm_prefetch((const char *)line + PREFETCH, _MM_HINT_T0);
+                _mm_prefetch((const char *)(ahead[block] + k * LANES), _MM_HINT_T0);
                 vec evens, odds;
                 vec_load_pairs(line, &evens, &odds);
 #pragma GCC unroll 2
@@ -88,18 +109,22 @@ INLINE void add_pair(vec *sum, const bf16 *line, const factor *row) {
 
 /* sums (rows, blocks * 16) += x (rows, depth) @ blocks; `rows` and `blocks` are constants of the caller. */
 INLINE void multiply_few(int rows, int blocks, const factor *x, int64_t stride, const bf16 *const *weight,
-                         int64_t depth, float *sums, int64_t sums_stride) {
+                         const bf16 *const *next, int64_t depth, float *sums, int64_t sums_stride) {
     vec sum[8][FEW_BLOCKS];
+    const bf16 *ahead[FEW_BLOCKS];
+    ask_ahead(blocks, weight, ahead);
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
         for (int block = 0; block < blocks; block++)
             sum[row][block] = vec_load(sums + row * sums_stride + block * LANES);
     for (int64_t k = 0; k < depth; k += 2) {
+        if (k == depth - AHEAD_DEPTH)
+            ask_next(blocks, next, k, ahead);
 #pragma GCC unroll 4
         for (int block = 0; block < blocks; block++) {
             const bf16 *line = weight[block] + k * LANES;
-            _mm_prefetch((const char *)line + PREFETCH, _MM_HINT_T0);
+            _mm_prefetch((const char *)(ahead[block] + k * LANES), _MM_HINT_T0);
 #if defined(__AVX512BF16__)
 #pragma GCC unroll 8
             for (int row = 0; row < rows; row++)
@@ -148,11 +173,14 @@ INLINE void tiles_end(void) { _tile_release(); }
 
 /* x is packed in tiles (row block, depth / 32, 16, 32), row blocks `tile_stride` apart. Tiles 0 to 3 are sums.
  *
- * Up to 16 rows: each number of the weight is met once, and asked for PREFETCH bytes ahead. More: `ahead` is what the
- * next panel will read, of which `lines` cache lines are asked for in each step.
+ * What is asked for on the way, if anything: with `next`, the weight itself, as for few rows; with `lines`, so many cache
+ * lines of `share` in each step, which the next panel will read.
  */
-INLINE void multiply_tiles(int row_tiles, const bf16 *x, int64_t tile_stride, const bf16 *first, const bf16 *second,
-                           int64_t depth, int fresh, float *sums, int64_t sums_stride, const bf16 *ahead, int lines) {
+INLINE void multiply_tiles(int row_tiles, const bf16 *x, int64_t tile_stride, const bf16 *const *weight,
+                           const bf16 *const *next, int64_t depth, int fresh, float *sums, int64_t sums_stride,
+                           const bf16 *share, int lines) {
+    const bf16 *first = weight[0], *second = weight[1], *ahead[2];
+    ask_ahead(2, weight, ahead);
     int64_t bytes = sums_stride * 4;
     float *lower = sums + 16 * sums_stride;
     if (fresh) {
@@ -169,14 +197,16 @@ INLINE void multiply_tiles(int row_tiles, const bf16 *x, int64_t tile_stride, co
         }
     }
     for (int64_t k = 0; k < depth; k += TILE_DEPTH) {
-        if (row_tiles == 1)
+        if (next) {
+            if (k == depth - AHEAD_DEPTH)
+                ask_next(2, next, k, ahead);
             for (int line = 0; line < 16; line++) {
-                _mm_prefetch((const char *)(first + k * LANES + line * 32) + PREFETCH, _MM_HINT_T0);
-                _mm_prefetch((const char *)(second + k * LANES + line * 32) + PREFETCH, _MM_HINT_T0);
+                _mm_prefetch((const char *)(ahead[0] + k * LANES + line * 32), _MM_HINT_T0);
+                _mm_prefetch((const char *)(ahead[1] + k * LANES + line * 32), _MM_HINT_T0);
             }
-        else
-            for (int line = 0; line < lines; line++, ahead += 32)
-                _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+        }
+        for (int line = 0; line < lines; line++, share += 32)
+            _mm_prefetch((const char *)share, _MM_HINT_T1);
         _tile_loadd(6, first + k * LANES, 64);
         _tile_loadd(4, x + k * 16, 64);
         _tile_dpbf16ps(0, 4, 6);
