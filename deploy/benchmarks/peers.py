@@ -2,7 +2,10 @@
 
     python -m deploy.benchmarks.peers [--model DIR|FILE.gguf|half-billion] [--rounds 3] [--out result.json] \\
         [--vllm BIN/vllm] [--sglang BIN/python] [--llama-server BIN/llama-server --llama-files X.gguf …] \\
-        [--environment vllm:LD_PRELOAD=… sglang:PYTHONPATH=…] [--flags "quartet:--quantization int8" …]
+        [--environment vllm:LD_PRELOAD=… sglang:PYTHONPATH=…] [--flags "vllm:--enforce-eager" …] \\
+        [--variants "int8:--quantization int8" …]
+
+A variant is Quartet with more flags, beside the plain one.
 
 In every round each server is started, waited for, warmed up, measured under every load and stopped; the order turns
 from round to round, so that a machine that changes its speed changes it for all. Figures are taken by the client: wall
@@ -273,6 +276,8 @@ def known_peers(model: Path, given: argparse.Namespace) -> list[Peer]:
         Peer("vllm", vllm, OPENAI, files or absent(given.vllm), offline | vllm_environment),
         Peer("sglang", sglang, NATIVE, files or absent(given.sglang), offline | {"SGLANG_USE_CPU_ENGINE": "1"}),
     ]
+    for name, _, more in (variant.partition(":") for variant in given.variants):
+        peers.append(Peer(f"quartet {name}", f"{quartet} {more}", NATIVE, "", offline))
     ggufs = given.llama_files or ([model] if model.suffix == ".gguf" else [])
     for file in ggufs:
         command = (
@@ -330,6 +335,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--llama-files", type=Path, nargs="*", default=[], help="GGUF files of the same model")
     parser.add_argument("--environment", nargs="*", default=[], help="PEER:NAME=VALUE")
     parser.add_argument("--flags", nargs="*", default=[], help="PEER:FLAGS")
+    parser.add_argument("--variants", nargs="*", default=[], help="NAME:FLAGS, more servers of Quartet")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "quartet-peers")
     parser.add_argument("--out", type=Path)
     return parser.parse_args(arguments)

@@ -129,13 +129,14 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
     vec sum[4][4];
     const uint8_t *numbers[4], *soon[4];
     int64_t turn = x->units - AHEAD / (64 * bits); /* the unit from which on the next block is asked for */
-    const uint16_t *scales[4];
+    const uint16_t *scales[4], *soon_scales[4]; /* of the blocks after: too few to be fetched by the time they are met */
     int64_t half_numbers = (1 + w->offsets) * LANES;
     int lines = UNIT_LINES / w->halves;
 #pragma GCC unroll 4
     for (int block = 0; block < blocks; block++) {
         numbers[block] = quantized_numbers(w, x->depth, columns[block], 0);
         scales[block] = quantized_scales(w, x->depth, columns[block], 0);
+        soon_scales[block] = quantized_scales(w, x->depth, after[block], 0);
         soon[block] = numbers[block] + AHEAD / (64 * bits) * (64 * bits);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++)
@@ -145,6 +146,8 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
         if (CROSSES_BLOCKS && unit == turn)
             for (int block = 0; block < blocks; block++)
                 soon[block] = quantized_numbers(w, x->depth, after[block], 0);
+        for (int block = 0; CROSSES_BLOCKS && block < blocks; block++)
+            _mm_prefetch((const char *)(soon_scales[block] + unit * w->halves * half_numbers), _MM_HINT_T0);
         for (int half = 0; half < w->halves; half++) {
             integers dot[4][4];
 #pragma GCC unroll 4
