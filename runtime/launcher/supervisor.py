@@ -22,6 +22,8 @@ import msgspec
 
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.launcher.child import Child, Service, device_numbers, start
+from quartet.runtime.launcher.lull import LOOK_EVERY_S as LOOK_FOR_LULL_S
+from quartet.runtime.launcher.lull import Lull
 from quartet.runtime.launcher.watchdog import LOOK_EVERY_S, Watchdog
 from quartet.runtime.process import vitals
 from quartet.runtime.process.memory import in_words, look
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 DRAIN_GRACE_S = 5.0  # beyond the drain time-out, for the gateway to end by itself
 BUDGET_WINDOW_S = 60.0  # `max_restarts` deaths of a service within this time are forgiven
 STANDBY_AFTER_S = 3.0  # once it serves: a start competes with nobody for the cores, nor does its warm-up
+STANDBY_LATEST_S = 20.0  # it waits so long for a moment when its role has less to do
 STANDBY_AGAIN_S = 30.0  # after one has died while it waited: perhaps for want of memory
 STANDBY_BYTES = 512 << 20  # must be left for one to stand by: it takes up to 250 MB, and the others grow
 BACK_OFF_S = (0.0, 0.2, 1.0)  # before the first restart within the window, the second, all others
@@ -123,6 +126,7 @@ class Supervisor:
         self._due: dict[str, tuple[float, int]] = {}  # by key: when to start it, and as which epoch
         self._standbys: dict[str, Child] = {}  # by role: one for whichever of its processes dies
         self._standby_due: dict[str, float] = {}  # by role: when to start one
+        self._lulls: dict[str, Lull] = {}  # by role: what it waits for then
 
     def __enter__(self) -> "Supervisor":
         return self
@@ -207,9 +211,19 @@ class Supervisor:
                 del self._due[service.key]
                 self._start_again(service, epoch)
             if now >= self._standby_due.get(service.role, float("inf")):
-                del self._standby_due[service.role]
-                if service.role not in self._standbys:
-                    self._stand_by(service)
+                self._look_for_lull(service, now)
+
+    def _look_for_lull(self, service: Service, now: float) -> None:
+        """Have a process stand by, which takes seconds of a core, when the role's processes leave one idle."""
+        role = service.role
+        if role not in self._standbys:
+            lull = self._lulls.setdefault(role, Lull(now + STANDBY_LATEST_S))
+            if not lull.is_here(now, [child.process.pid for child in self.children.values() if child.role == role]):
+                self._standby_due[role] = now + LOOK_FOR_LULL_S
+                return
+            self._stand_by(service)
+        self._lulls.pop(role, None)
+        del self._standby_due[role]
 
     def _start_again(self, service: Service, epoch: int) -> None:
         try:

@@ -12,6 +12,7 @@ import pytest
 
 from quartet.runtime.launcher.child import Child, Service, child_environment, usable_cores
 from quartet.runtime.launcher.launch import SERVICES
+from quartet.runtime.launcher.lull import Lull
 from quartet.runtime.launcher.supervisor import (
     BUDGET_WINDOW_S,
     STANDBY_AGAIN_S,
@@ -332,6 +333,7 @@ def test_no_process_stands_by_where_memory_is_short(supervisor, monkeypatch, cap
             "quartet.runtime.launcher.supervisor.look", lambda left=left: Memory(left, 1 << 34, "a limit")
         )
         supervisor._standby_due["scheduler"] = 0.0
+        supervisor._lulls["scheduler"] = Lull(latest=0.0)
         supervisor.spawn_due()
         assert started == ([] if left < STANDBY_BYTES else ["scheduler"])
     assert "No scheduler stands by: 512 MB may still be used by a limit." in caplog.text
@@ -348,6 +350,9 @@ def test_another_process_stands_by_for_one_that_died_while_it_waited(supervisor,
     monkeypatch.setattr("quartet.runtime.launcher.supervisor.start", lambda service, _: started.append(service.role))
     monkeypatch.setattr("quartet.runtime.launcher.supervisor.look", lambda: Memory(STANDBY_BYTES, 1 << 34, "a limit"))
     monkeypatch.setattr("time.monotonic", lambda: now + 2 * STANDBY_AGAIN_S)
+    supervisor.spawn_due()
+    assert not started  # it has only begun to look whether the scheduler is busy
+    monkeypatch.setattr("time.monotonic", lambda: now + 3 * STANDBY_AGAIN_S)
     supervisor.spawn_due()
     assert started == ["scheduler"]
     supervisor._standbys.clear()
