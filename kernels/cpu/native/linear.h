@@ -266,26 +266,47 @@ INLINE void add_adapters(const struct plan *plan, int64_t panel, int64_t row, in
     expand(&plan->added, blocks, plan->blocks, ahead, row, rows, sums, stride);
 }
 
-/* The blocks of a panel from number `from` on, expanded if need be; `next`: those of panel `after`. */
-INLINE void load_panel(const struct plan *plan, int64_t panel, int64_t after, int64_t from, int64_t depth,
-                       bf16 *expanded, const bf16 **weight, const bf16 **next) {
-    const struct quantized *quantized = &plan->p->quantized;
-    for (int place = 0; place < plan->blocks; place++) {
-        int64_t block = block_of(plan, panel, place);
-        if (quantized->numbers) {
-            bf16 *out = expanded + place * depth * LANES;
-            expand_block(quantized, plan->depth, block, from, depth, out);
-            weight[place] = next[place] = out;
-        } else {
-            weight[place] = packed_block(plan, block, from);
-            next[place] = packed_block(plan, block_of(plan, after, place), from);
-        }
-    }
-}
-
 /* The panel that a thread most likely takes after `panel`, the last of whose chunk is the one before `end`. */
 INLINE int64_t panel_after(const struct plan *plan, int64_t panel, int64_t begin, int64_t end) {
     return panel + 1 < end ? panel + 1 : end + (end - begin) * (plan->p->threads - 1);
+}
+
+/* Steps of k of a thread's panels, in the order in which they are computed. */
+struct position {
+    int64_t panel, after; /* the panel, and the one that follows it */
+    int64_t begin, from, end; /* of k: the piece that is computed, and where its step begins */
+};
+
+/* Where the blocks begin that are expanded behind block `place` of a panel. */
+INLINE struct place expanded_next(const struct plan *plan, const struct position *at, int64_t depth, int place) {
+    int64_t panel = at->panel, from = at->from;
+    int last = place + 1 == plan->blocks;
+    if (last && from + depth < at->end) {
+        from += depth;
+    } else if (last) {
+        panel = at->after;
+        from = at->begin;
+    }
+    int64_t block = block_of(plan, panel, last ? 0 : place + 1);
+    return place_of(&plan->p->quantized, plan->depth, block, from);
+}
+
+/* The blocks of a panel for a step of k, expanded if need be; `next`: those of the panel that follows. */
+INLINE void load_panel(const struct plan *plan, const struct position *at, int64_t depth, bf16 *expanded,
+                       const bf16 **weight, const bf16 **next) {
+    const struct quantized *quantized = &plan->p->quantized;
+    for (int place = 0; place < plan->blocks; place++) {
+        int64_t block = block_of(plan, at->panel, place);
+        if (quantized->numbers) {
+            bf16 *out = expanded + place * depth * LANES;
+            struct place soon = expanded_next(plan, at, depth, place);
+            expand_block(quantized, plan->depth, block, at->from, depth, soon, out);
+            weight[place] = next[place] = out;
+        } else {
+            weight[place] = packed_block(plan, block, at->from);
+            next[place] = packed_block(plan, block_of(plan, at->after, place), at->from);
+        }
+    }
 }
 
 /* All rows of a block through some panels; `kept` has the sums of a step of k where there are several steps. */
@@ -299,7 +320,8 @@ INLINE void compute_panels(const struct plan *plan, int64_t first, int64_t rows,
             for (int64_t from = piece; from < piece_end; from += plan->step) {
                 int64_t depth = piece_end - from < plan->step ? piece_end - from : plan->step;
                 const bf16 *weight[FEW_BLOCKS], *next[FEW_BLOCKS];
-                load_panel(plan, panel, panel_after(plan, panel, begin, end), from, depth, expanded, weight, next);
+                struct position at = {panel, panel_after(plan, panel, begin, end), piece, from, piece_end};
+                load_panel(plan, &at, depth, expanded, weight, next);
                 for (int64_t row = 0; row < rows; row += plan->grid_rows) {
                     int64_t place = in_pieces ? panel - begin : 0;
                     float *sums = kept ? kept + (place * plan->padded_rows + row) * stride : local;

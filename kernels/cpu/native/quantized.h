@@ -23,6 +23,16 @@ INLINE const uint16_t *quantized_scales(const struct quantized *w, int64_t depth
     return w->scales + (block * quantized_units(depth) + quantized_units(from)) * w->halves * (1 + w->offsets) * LANES;
 }
 
+/* Where numbers and scales begin. */
+struct place {
+    const uint8_t *numbers;
+    const uint16_t *scales;
+};
+
+INLINE struct place place_of(const struct quantized *w, int64_t depth, int64_t block, int64_t from) {
+    return (struct place){quantized_numbers(w, depth, block, from), quantized_scales(w, depth, block, from)};
+}
+
 #ifdef __AVX512F__
 
 typedef __m512i line;
@@ -161,10 +171,19 @@ INLINE void expand_line(line x, struct scaling by, bf16 *out) {
 
 #endif
 
+#define EXPAND_AHEAD 2048 /* bytes */
+
+/* Numbers are asked for EXPAND_AHEAD bytes before they are needed; behind the end those at `soon`, which come next, and
+ * their scales. */
 INLINE void expand_units(const struct quantized *w, int bits, const uint8_t *numbers, const uint16_t *scales,
-                         int64_t units, bf16 *out) {
-    int lines = UNIT_LINES / w->halves;
-    for (int64_t unit = 0; unit < units; unit++, numbers += 64 * bits) {
+                         int64_t units, struct place soon, bf16 *out) {
+    int lines = UNIT_LINES / w->halves, scales_size = w->halves * (1 + w->offsets) * LANES;
+    int64_t ahead_units = EXPAND_AHEAD / (64 * bits), turn = units > ahead_units ? units - ahead_units : 0;
+    const uint8_t *ahead = numbers + ahead_units * 64 * bits;
+    for (int64_t unit = 0; unit < units; unit++, numbers += 64 * bits, ahead += 64 * bits) {
+        if (unit == turn)
+            ahead = soon.numbers;
+        _mm_prefetch((const char *)(soon.scales + unit * scales_size), _MM_HINT_T0);
         for (int half = 0; half < w->halves; half++, scales += (1 + w->offsets) * LANES) {
             struct scaling by = scaling_at(w, scales);
 #pragma GCC unroll 2
@@ -172,21 +191,22 @@ INLINE void expand_units(const struct quantized *w, int bits, const uint8_t *num
 #pragma GCC unroll 2
                 for (int next = 0; next < 2; next++, out += LINE_NUMBERS)
                     expand_line(number_line(numbers, bits, number + next), by, out);
-                _mm_prefetch((const char *)numbers + 2048 + number * 8 * bits, _MM_HINT_T0);
-                _mm_prefetch((const char *)numbers + 2048 + (number + 1) * 8 * bits, _MM_HINT_T0);
+                _mm_prefetch((const char *)ahead + number * 8 * bits, _MM_HINT_T0);
+                _mm_prefetch((const char *)ahead + (number + 1) * 8 * bits, _MM_HINT_T0);
             }
         }
     }
 }
 
-/* k from `from` to `from + size` of a block, as a weight in bfloat16 is packed (linear.h). */
-static __attribute__((unused)) void expand_block(const struct quantized *w, int64_t depth, int64_t block, int64_t from, int64_t size, bf16 *out) {
+/* k from `from` to `from + size` of a block, as a weight in bfloat16 is packed (linear.h). `soon`: what comes next. */
+static __attribute__((unused)) void expand_block(const struct quantized *w, int64_t depth, int64_t block, int64_t from,
+                                                 int64_t size, struct place soon, bf16 *out) {
     const uint8_t *numbers = quantized_numbers(w, depth, block, from);
     const uint16_t *scales = quantized_scales(w, depth, block, from);
     switch (w->bits) {
-    case 4: expand_units(w, 4, numbers, scales, quantized_units(size), out); return;
-    case 5: expand_units(w, 5, numbers, scales, quantized_units(size), out); return;
-    case 6: expand_units(w, 6, numbers, scales, quantized_units(size), out); return;
-    default: expand_units(w, 8, numbers, scales, quantized_units(size), out); return;
+    case 4: expand_units(w, 4, numbers, scales, quantized_units(size), soon, out); return;
+    case 5: expand_units(w, 5, numbers, scales, quantized_units(size), soon, out); return;
+    case 6: expand_units(w, 6, numbers, scales, quantized_units(size), soon, out); return;
+    default: expand_units(w, 8, numbers, scales, quantized_units(size), soon, out); return;
     }
 }
