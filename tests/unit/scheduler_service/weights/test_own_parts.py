@@ -181,5 +181,7 @@ def test_rows_that_are_stored_together_are_not_cut(directories: dict[str, Path])
     ):
         own_parts(checkpoint_of(directories["awq"]), {name: Cut((96, 64), 0, ((4, 4),))})
     query = "model.layers.0.self_attn.q_proj.weight"  # its rows are permuted within each head
-    with pytest.raises(CheckpointError, match=r"8 rows of tensor .*q_proj.weight from row 8 on, .* stored 16 at a time"):
+    with pytest.raises(
+        CheckpointError, match=r"8 rows of tensor .*q_proj.weight from row 8 on, .* stored 16 at a time"
+    ):
         own_parts(checkpoint_of(directories["Q8_0"]), {query: Cut((64, 64), 0, ((8, 8),))})
