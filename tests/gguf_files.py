@@ -11,7 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 ALIGNMENT = 32
-F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30
+F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, BF16 = 0, 1, 2, 8, 12, 14, 30
+K_BLOCKS: dict[int, tuple[int, dict[int, float]]] = {  # bytes, and the scales of 16 bits by their place
+    Q4_K: (144, {0: 3e-4, 2: 2.2e-3}),
+    Q6_K: (210, {208: 6e-5}),
+}
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 4, 5, 6, 7, 8, 9, 10
 CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
@@ -93,12 +97,23 @@ def write(file: Path, metadata: dict[str, Any], tensors: dict[str, Stored]) -> P
 
 
 def stored(values: torch.Tensor, type: int = F32) -> Stored:
-    """A tensor in one of the plain formats, or in Q8_0."""
+    """A tensor in one of the plain formats, or in Q8_0; in formats with blocks of 256 random values of its shape."""
+    if type in K_BLOCKS and values.dim() > 1 and values.shape[-1] % 256 == 0:
+        return Stored(type, tuple(values.shape), random_blocks(type, values.numel() // 256))
     if type == Q8_0 and values.dim() > 1 and values.shape[-1] % 32 == 0:
         return Stored(Q8_0, tuple(values.shape), q8_0(values))
     dtype = {F16: torch.float16, BF16: torch.bfloat16}.get(type if values.dim() > 1 else F32, torch.float32)
     data = values.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return Stored({torch.float16: F16, torch.bfloat16: BF16}.get(dtype, F32), tuple(values.shape), data)
+
+
+def random_blocks(type: int, count: int) -> bytes:
+    """Blocks of small numbers with a mean near zero."""
+    size, scales = K_BLOCKS[type]
+    blocks = torch.randint(0, 256, (count, size), dtype=torch.uint8)
+    for place, scale in scales.items():
+        blocks[:, place : place + 2] = torch.tensor([scale]).half().view(torch.uint8)
+    return blocks.numpy().tobytes()
 
 
 def q8_0(values: torch.Tensor) -> bytes:

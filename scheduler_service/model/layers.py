@@ -17,6 +17,7 @@ from quartet.scheduler_service.model.spec import DecoderSpec, LatentSpec, MoeSpe
 from quartet.scheduler_service.weights.parameters import Weights, kind_of
 
 REDUCED = ("output", "delta_out", "space_out", "conv_out", "down")  # where these are cut, ranks' products are summed
+SUMMED = (*REDUCED, "expert_down")  # likewise, or what they are part of
 BY_TOKEN = ("embed", "lm_head")
 LATENT_EPSILON = 1e-6  # of the norms inside latent attention, whatever the config's is
 
@@ -179,11 +180,13 @@ class DecoderLayer:
 def linear(weights: Weights, buffer: str, *index: int, bias: bool = False) -> Linear:
     """The linear layer of a slab, kept in step with later updates of the weights."""
     quantized, weight = weights.quantized_slab(buffer, *index), weights.slab(buffer, *index)
-    offsets = weights.slab(f"{buffer}_bias", *index) if bias else None
-    if kind_of(buffer) in REDUCED and buffer in weights.layout.cut_buffers:
-        layer: Linear = ReducedLinear(weight, offsets, quantized, weights.layout.parallel)
-    elif buffer in BY_TOKEN and buffer in weights.layout.cut_buffers:
-        layer = GatheredLinear(weight, quantized, weights.layout.parallel)
+    parallel, is_cut = weights.layout.parallel, buffer in weights.layout.cut_buffers
+    counts = parallel.rank == 0 or not (is_cut and kind_of(buffer) in SUMMED)  # the bias, where results are summed
+    offsets = weights.slab(f"{buffer}_bias", *index) if bias and counts else None
+    if is_cut and kind_of(buffer) in REDUCED:
+        layer: Linear = ReducedLinear(weight, offsets, quantized, parallel)
+    elif is_cut and buffer in BY_TOKEN:
+        layer = GatheredLinear(weight, quantized, parallel)
     else:
         layer = Linear(weight, offsets, quantized)
     weights.follow(layer, buffer, index)

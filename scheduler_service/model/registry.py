@@ -51,19 +51,21 @@ from quartet.scheduler_service.model.families import (
     smollm,
 )
 from quartet.scheduler_service.model.layout import embeddings_name
-from quartet.scheduler_service.model.shards import REFUSED, check_groups, shard_layout, shard_spec
+from quartet.scheduler_service.model.shards import REFUSED, check_groups, check_stored, shard_layout, shard_spec
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import TorchBackend
 from quartet.scheduler_service.model.towers import inside
 from quartet.scheduler_service.weights import ties
 from quartet.scheduler_service.weights.formats import checkpoint_of, format_of
 from quartet.scheduler_service.weights.load import check_format, is_dummy, load_weights
+from quartet.scheduler_service.weights.own_parts import own_parts
 from quartet.scheduler_service.weights.parameters import Layout, Schemes, Weights
 from quartet.scheduler_service.weights.quantized.methods import settings_of
-from quartet.scheduler_service.weights.storage import CHOICES, schemes_in, schemes_of
+from quartet.scheduler_service.weights.storage import CHOICES, can_quantize, schemes_in, schemes_of
 
 log = logging.getLogger(__name__)
 
+ONE_MACHINE = "--nnodes {}: a GGUF file is served by the processes of one machine; leave it out, or serve safetensors"
 NOT_LATENT = "--enable-deterministic-inference is not there for the latent attention of {}; leave it out"
 
 FAMILIES: dict[str, llama.Family] = {
@@ -160,14 +162,21 @@ def check_ranks(config: ResolvedConfig, info: ModelInfo) -> None:
     if info.embedding is not None:
         raise StartupError(REFUSED.format(config.tp_size, "this is an embedding model"))
     try:
-        layout = shard_layout(decoder_spec(info), Parallel(0, config.tp_size))
+        spec = decoder_spec(info)
     except NotNative as reason:
         raise StartupError(REFUSED.format(config.tp_size, f"there is no native family for {reason}")) from reason
+    first = Parallel(0, config.tp_size)  # the parts of the others are as large
+    layout, path = shard_layout(spec, first), Path(info.path)
     if config.quantization in CHOICES:
         check_groups(layout, config.quantization)
-    path = Path(info.path)
-    if not is_dummy(config) and (format_of(path) == "gguf" or settings_of(path)):
-        raise StartupError(REFUSED.format(config.tp_size, "these weights are quantized already"))
+    if is_dummy(config) or not (format_of(path) == "gguf" or settings_of(path)):
+        return
+    if config.nnodes > 1 and format_of(path) == "gguf":
+        raise StartupError(ONE_MACHINE.format(config.nnodes))
+    checkpoint, device = checkpoint_of(path), torch.device(config.device)
+    layout = shard_layout(inside(spec, info.architecture, checkpoint.tensors), first)
+    keeps = config.quantization == "auto" and can_quantize(resolve_dtype(config.dtype, info.config, device), device)
+    check_stored(layout, checkpoint, keeps and native.is_expected())
 
 
 def load_own(
@@ -257,9 +266,9 @@ def schemes(
     if config.quantization == "auto" and not is_dummy(config):
         match format_of(path := Path(info.path)):
             case "gguf":
-                stored = ties.with_tied_tensors(checkpoint_of(path), layout)
+                stored = own_parts(ties.with_tied_tensors(checkpoint_of(path), layout), layout.cuts)
             case "safetensors" if settings_of(path):
-                stored = checkpoint_of(path)
+                stored = own_parts(checkpoint_of(path), layout.cuts)
     return schemes_of(config.quantization, layout, dtype, device, stored)
 
 

@@ -20,7 +20,8 @@ class ReducedLinear(Linear):
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, quantized: QuantizedWeight | None, parallel: Parallel
     ) -> None:
-        super().__init__(weight, bias if parallel.rank == 0 else None, quantized)  # the bias counts once
+        """`bias`: on one of the ranks only, so that it counts once."""
+        super().__init__(weight, bias, quantized)
         self.parallel = parallel
 
     def __call__(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:

@@ -19,22 +19,24 @@ from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.recurrent import RecurrentSpec, ShortConvSpec
 from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec
 from quartet.scheduler_service.model.state_space import StateSpaceSpec
+from quartet.scheduler_service.weights.checkpoint import Checkpoint
 from quartet.scheduler_service.weights.cuts import Cut
+from quartet.scheduler_service.weights.own_parts import cut_groups, own_parts
 from quartet.scheduler_service.weights.parameters import Layout, Place, kind_of
-from quartet.scheduler_service.weights.storage import PRODUCTS
+from quartet.scheduler_service.weights.storage import PRODUCTS, stored_scheme
 
 UNEVEN = "--tp-size {}: {} {} cannot be divided among the ranks; use a --tp-size that divides them"
 REFUSED = "--tp-size {}: {}, which one process computes; use --tp-size 1"
+KEPT = (
+    "--tp-size {}: each rank has {} columns of {}, whose numbers share scales in groups of {}; as they are stored only "
+    "whole groups of 16 can be kept; use another --tp-size, or --quantization none, which expands the weights"
+)
 SPLIT = (
     "--quantization {} with --tp-size {}: each rank has {} columns of the weight {}, which are not whole groups of {}; "
     "use another --tp-size, or leave one out"
 )
 # What several ranks do not compute: whether a model has it, and what it is called
 WHOLE: list[tuple[Callable[[DecoderSpec], bool], str]] = [
-    (
-        lambda spec: any(layer.moe and layer.moe.expert_bias for layer in spec.layers),
-        "this model's experts have biases",
-    ),
     (lambda spec: spec.streams is not None, "this model has several residual streams"),
     (lambda spec: spec.layer_inputs is not None, "this model has embeddings for each layer"),
 ]
@@ -129,6 +131,20 @@ def check_groups(layout: Layout, choice: str) -> None:
         columns = layout.buffers[buffer][-1]
         if kind_of(buffer) in PRODUCTS and dimension == 1 and columns % UNIT:
             raise StartupError(SPLIT.format(choice, layout.parallel.size, columns, buffer, UNIT))
+
+
+def check_stored(layout: Layout, checkpoint: Checkpoint, kept: bool) -> None:
+    """Raise StartupError where a rank's part of a checkpoint cannot be read.
+
+    `kept`: the numbers of quantized weights stay as they are stored, so a cut must not fall into a group of them.
+    """
+    own = own_parts(checkpoint, layout.cuts)
+    for name in cut_groups(checkpoint, own) if kept else ():
+        if kind_of(layout.places[name].buffer) in PRODUCTS:
+            scheme = stored_scheme(checkpoint, name)
+            assert scheme is not None, name
+            columns, size = own.quantized[name].shape[1], scheme.group_size
+            raise StartupError(KEPT.format(layout.parallel.size, columns, name, size))
 
 
 def cut_of(whole: Place, own: Place, parallel: Parallel) -> Cut | None:

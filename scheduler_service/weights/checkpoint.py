@@ -19,6 +19,7 @@ from quartet.kernels.cpu.native.quantized import QuantizedRows, Scheme
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.files import opened, present, read_small
 from quartet.runtime.shorten import reason, short
+from quartet.scheduler_service.weights.cuts import Cut
 
 MAX_HEADER_BYTES = 8 << 20
 MAX_INDEX_BYTES = 32 << 20
@@ -63,7 +64,8 @@ class Encoding:
     unit_values: int  # values that they become
     decode: Callable[[torch.Tensor], torch.Tensor] = field(compare=False)  # bytes of whole units → values, flat
     scheme: Scheme | None = None  # of the integers that the values are made of, if they are
-    numbers: Callable[[torch.Tensor], QuantizedRows] | None = field(default=None, compare=False)  # bytes of whole rows
+    # (bytes of rows of whole units, columns of each) → their numbers
+    numbers: Callable[[torch.Tensor, int], QuantizedRows] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +117,16 @@ class Part:
     axis: int | None  # along which the rows of the quantized tensor lie; None: all rows need all of it
     per: int = 1  # rows that share one place along that axis
     each: int = 1  # places that a row takes
+    across: int | None = None  # the axis along which its columns lie; None: all columns need all of it
+    unit: tuple[int, int] = (1, 1)  # columns that lie together along that axis, and the places that they take
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A tensor of the model that is made of several stored ones, any rows of it by themselves."""
+    """A tensor of the model that is made of several stored ones, any rows of it by themselves.
+
+    Of a rank's part `shape` is that of the part; all else describes the whole tensor (reading.py).
+    """
 
     shape: tuple[int, ...]  # (rows, columns), or of a vector (rows,)
     parts: dict[str, Part]
@@ -127,11 +134,18 @@ class Quantized:
     unit_rows: int = 1  # a range of rows begins at a multiple of so many
     scheme: Scheme | None = None  # in which its numbers can be kept as they are stored
     numbers: Callable[[dict[str, torch.Tensor], int], QuantizedRows] | None = None  # those, where there is a scheme
+    unit_columns: int = 0  # a range of columns begins at a multiple of so many; 0: rows are read whole
+    at_once: bool = False  # rows are read together: few of them would be many small reads
+    divisible: "Callable[[], Quantized | None] | None" = (
+        None  # looks whether some columns can be read after all, and how
+    )
+    cut: Cut | None = None  # the part of it that this is; None: it is whole
 
     @property
     def nbytes(self) -> int:
-        """What it takes in the files."""
-        return sum(part.stored.nbytes for part in self.parts.values())
+        """What it takes in the files; of a part about."""
+        stored = sum(part.stored.nbytes for part in self.parts.values())
+        return stored if self.cut is None else stored * prod(self.shape) // prod(self.cut.whole)
 
     @property
     def shown(self) -> Path:

@@ -35,7 +35,7 @@ class FileRows:
         values = torch.empty(len(some), self._stored.shape[1], dtype=torch.bfloat16)
         for begin in range(0, len(some), ROWS_AT_ONCE):
             part = some[begin : begin + ROWS_AT_ONCE].tolist()
-            values[begin : begin + len(part)] = values_of(self._numbers(self._read(part)))
+            values[begin : begin + len(part)] = values_of(self._numbers(self._read(part), self._stored.shape[1]))
         return values[place]
 
     def _read(self, ids: list[int]) -> torch.Tensor:
@@ -66,6 +66,6 @@ def values_of(rows: QuantizedRows) -> torch.Tensor:
 def are_possible(stored: StoredTensor) -> bool:
     """Whether each row of a tensor is whole blocks, in the order of the model, and can be read by itself."""
     encoding = stored.encoding
-    if encoding is None or encoding.numbers is None or len(stored.shape) != 2 or stored.pitch:
+    if encoding is None or encoding.numbers is None or len(stored.shape) != 2 or stored.pitch or stored.pieces:
         return False
     return stored.shape[1] % encoding.unit_values == 0

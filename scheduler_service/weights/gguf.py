@@ -158,7 +158,7 @@ def checkpoint_of(directory: Path) -> Checkpoint:
 def log_expansion(checkpoint: Checkpoint, weights: Weights) -> None:
     """Log what it takes that blocks are expanded to numbers of the served format; nothing where there are none."""
     plain = (name for name in weights.layout.places if weights.quantized_of(name) is None)
-    expanded = [name for name in plain if name in checkpoint.tensors]
+    expanded = [name for name in plain if name in checkpoint.tensors and name not in checkpoint.quantized]
     encodings = [checkpoint.tensors[name].encoding for name in expanded]
     if blocks := sorted(EXPAND.keys() & {encoding.name.split()[0] for encoding in encodings if encoding}):
         stored = sum(checkpoint.tensors[name].nbytes for name in expanded)
@@ -205,8 +205,8 @@ def stored(tensor: Tensor) -> StoredTensor:
     def decode(memory: torch.Tensor) -> torch.Tensor:
         return EXPAND[kind.name](memory.view(-1, kind.nbytes)).flatten()
 
-    def numbers(memory: torch.Tensor) -> QuantizedRows:
-        return numbers_of(kind.name, memory.view(-1, kind.nbytes), tensor.shape[-1])
+    def numbers(memory: torch.Tensor, columns: int) -> QuantizedRows:
+        return numbers_of(kind.name, memory.view(-1, kind.nbytes), columns)
 
     scheme = FORMATS[kind.name][0]
     encoding = Encoding(kind.name, kind.nbytes, kind.values, decode, scheme, numbers)
@@ -267,9 +267,9 @@ def unpermuted(found: StoredTensor, heads: int) -> StoredTensor:
     def decode(memory: torch.Tensor) -> torch.Tensor:
         return found.values(memory).view(-1, per_head // 2, 2, width).transpose(1, 2).flatten()
 
-    def numbers(memory: torch.Tensor) -> QuantizedRows:
+    def numbers(memory: torch.Tensor, columns: int) -> QuantizedRows:
         assert found.encoding is not None and found.encoding.numbers is not None
-        ordered = found.encoding.numbers(memory)
+        ordered = found.encoding.numbers(memory, columns)
         rows = torch.arange(len(ordered.numbers)).view(-1, per_head // 2, 2).transpose(1, 2).flatten()
         return ordered.select(rows)
 

@@ -27,8 +27,8 @@ from quartet.scheduler_service.weights.checkpoint import (
     CheckpointError,
     StoredTensor,
 )
-from quartet.scheduler_service.weights.cuts import own_parts
 from quartet.scheduler_service.weights.formats import checkpoint_of, format_of
+from quartet.scheduler_service.weights.own_parts import own_parts
 from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.progress import with_progress
 from quartet.scheduler_service.weights.quantized import reading

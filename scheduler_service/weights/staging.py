@@ -20,10 +20,10 @@ import xxhash
 from quartet.scheduler_service.host.background import yield_point
 from quartet.scheduler_service.weights import device_staging, load, manifest, storage, ties
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
-from quartet.scheduler_service.weights.cuts import own_parts
 from quartet.scheduler_service.weights.file_identity import FileIdentity, identity_of, stat_file
 from quartet.scheduler_service.weights.formats import weight_files
 from quartet.scheduler_service.weights.manifest import Manifest
+from quartet.scheduler_service.weights.own_parts import own_parts
 from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.progress import with_progress
 from quartet.scheduler_service.weights.quantized import reading

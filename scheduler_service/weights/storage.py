@@ -20,7 +20,7 @@ from quartet.runtime.errors import StartupError
 from quartet.scheduler_service.weights import file_rows
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
 from quartet.scheduler_service.weights.parameters import Layout, Schemes, Slab, Weights, kind_of
-from quartet.scheduler_service.weights.tensor_io import bytes_of, read_chunks, read_exactly
+from quartet.scheduler_service.weights.tensor_io import bytes_of, read_chunks, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def schemes_of(
     """
     if choice == "none":
         return {}
-    can = device.type == "cpu" and dtype is torch.bfloat16
+    can = can_quantize(dtype, device)
     if choice in CHOICES:
         if device.type != "cpu":
             raise StartupError(f"--quantization {choice} works on a CPU only; leave it out")
@@ -74,6 +74,11 @@ def schemes_of(
     else:
         return {}
     return whole_buffers(layout, wanted)
+
+
+def can_quantize(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are kernels for quantized weights."""
+    return device.type == "cpu" and dtype is torch.bfloat16
 
 
 def recorded(schemes: Schemes) -> list[WeightScheme]:
@@ -193,5 +198,5 @@ def stored_numbers(stored: StoredTensor, descriptor: int) -> Iterator[tuple[int,
     buffer = torch.empty(min(step, rows) * row_bytes, dtype=torch.uint8)
     for first in range(0, rows, step):
         memory = buffer[: min(step, rows - first) * row_bytes]
-        read_exactly(descriptor, bytes_of(memory), stored.offset + first * row_bytes, stored.file)
-        yield first, memory, stored.encoding.numbers(memory)
+        read_rows(stored, descriptor, bytes_of(memory), first * row_bytes)
+        yield first, memory, stored.encoding.numbers(memory, columns)

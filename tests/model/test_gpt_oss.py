@@ -17,13 +17,13 @@ from tests.model.dense import DenseRunner, serve
 from tests.model.test_families import TOLERANCE, prompt
 
 
-def write(directory: Path) -> torch.Tensor:
+def write(directory: Path, seed: int = 1) -> torch.Tensor:
     """Write a small model whose experts are in MXFP4; returns transformers' logits for the prompt."""
     tiny.build("gpt_oss", directory)
     tensors = load_file(directory / "model.safetensors")
     model = tiny.random_model("gpt_oss")
     state = model.state_dict()
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         experts, columns, rows = tensors.pop(name).shape
         blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native.structures import Quantized
 
 UNIT = 32  # numbers of a row that lie together in a block
 BITS = (4, 5, 6, 8)
+GROUP_SIZES = (16, 32)
 RowSource = Callable[[torch.Tensor], torch.Tensor]  # numbers of rows (count,) → (count, columns) bfloat16
 AT_ONCE = 4 << 20  # numbers that are quantized or put into blocks between two yield points
 
@@ -24,7 +26,7 @@ class Scheme:
     """How a weight is quantized."""
 
     bits: int  # of BITS
-    group_size: int  # numbers that share a scale: 16 or 32
+    group_size: int  # numbers that share a scale, of GROUP_SIZES
     offsets: bool  # whether groups have offsets; else `zero_point` means 0
     zero_point: int = 0
 
@@ -80,6 +82,27 @@ class QuantizedRows:
     def part(self, begin: int, end: int) -> "QuantizedRows":
         offsets = None if self.offsets is None else self.offsets[begin:end]
         return QuantizedRows(self.scheme, self.numbers[begin:end], self.scales[begin:end], offsets)
+
+    def columns(self, first: int, length: int) -> "QuantizedRows":
+        """Some columns, whole groups of them, filled up to a multiple of UNIT with zeros."""
+        size, filled = self.scheme.group_size, -length % UNIT
+        assert first % size == length % size == 0, (first, length, size)
+
+        def of_groups(part: torch.Tensor) -> torch.Tensor:
+            return F.pad(part[:, first // size : (first + length) // size], (0, filled // size))
+
+        numbers = F.pad(self.numbers[:, first : first + length], (0, filled))
+        offsets = None if self.offsets is None else of_groups(self.offsets)
+        return QuantizedRows(self.scheme, numbers, of_groups(self.scales), offsets)
+
+    @staticmethod
+    def below(parts: "list[QuantizedRows]") -> "QuantizedRows":
+        """Rows of one scheme, those of each part below the ones before."""
+        if len(parts) == 1:
+            return parts[0]
+        offsets = [part.offsets for part in parts if part.offsets is not None]
+        numbers, scales = torch.cat([part.numbers for part in parts]), torch.cat([part.scales for part in parts])
+        return QuantizedRows(parts[0].scheme, numbers, scales, torch.cat(offsets) if offsets else None)
 
     def fits(self) -> bool:
         """Whether scales and offsets have a counterpart in float16."""

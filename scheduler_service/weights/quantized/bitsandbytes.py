@@ -100,4 +100,5 @@ def int8(prefix: str, tensors: Stored) -> Quantized:
         values: torch.Tensor = read["weight"].float() * (read[INT8_SCALE] / 127).unsqueeze(1)
         return values
 
-    return Quantized((rows, columns), {"weight": Part(weight, 0), INT8_SCALE: Part(largest, 0)}, expand)
+    parts = {"weight": Part(weight, 0, across=1), INT8_SCALE: Part(largest, 0)}
+    return Quantized((rows, columns), parts, expand, unit_columns=1)

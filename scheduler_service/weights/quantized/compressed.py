@@ -5,11 +5,16 @@ else to the one that names its class. Settings of activations say how other serv
 are.
 """
 
+import math
+from dataclasses import replace
+from functools import partial
+
 import re2
 
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.checkpoint import CheckpointError, Part, Quantized, StoredTensor
 from quartet.scheduler_service.weights.quantized import layouts
+from quartet.scheduler_service.weights.quantized.column_index import with_index
 from quartet.scheduler_service.weights.quantized.parts import (
     FLOAT8,
     SCALES,
@@ -112,23 +117,23 @@ def packed_words(prefix: str, tensors: Stored, own: Settings) -> Quantized:
                 f"quantization_config says group_size {short(size)}"
             )
         columns = size * scales.shape[-1]
-    parts = {"weight_packed": Part(words, 0), "weight_scale": rows_of(scales, rows)}
+    parts = {
+        "weight_packed": Part(words, 0, across=1, unit=(per, 1)),
+        "weight_scale": rows_of(scales, rows, columns),
+    }
     if own.get("symmetric", True) is not True:
         zeros = part_of(tensors, prefix, "weight_zero_point", WORDS, 2)
         needed = [-(-rows // per), scales.shape[-1]]
         if list(zeros.shape) != needed:
             raise misfit(zeros, prefix, "weight_zero_point", needed)
-        parts["weight_zero_point"] = Part(zeros, 0, per)
-    if f"{prefix}.weight_g_idx" in tensors:
-        index = part_of(tensors, prefix, "weight_g_idx", WORDS, 1)
-        if index.shape != (columns,):
-            raise misfit(index, prefix, "weight_g_idx", [columns])
-        parts["weight_g_idx"] = Part(index, None)
+        parts["weight_zero_point"] = replace(rows_of(zeros, rows, columns), axis=0, per=per)
 
-    zero_point = None if "weight_zero_point" in parts else 1 << bits - 1
-    apart = "weight_g_idx" in parts
-    scheme = None if apart else scheme_of(bits, columns, groups_of(scales), zero_point)
-    return scaled((rows, columns), parts, lambda read: layouts.packed_words(read, bits, columns), per, scheme)
+    groups, zero_point = groups_of(scales), None if "weight_zero_point" in parts else 1 << bits - 1
+    scheme = None if f"{prefix}.weight_g_idx" in tensors else scheme_of(bits, columns, groups, zero_point)
+    layout = partial(layouts.packed_words, bits=bits, columns=columns)
+    unit_columns = 0 if columns % per else math.lcm(per, unit_of(columns, groups))
+    made = scaled((rows, columns), parts, layout, per, scheme, unit_columns)
+    return with_index(made, prefix, "weight_g_idx", tensors, groups)
 
 
 def int8(prefix: str, tensors: Stored) -> Quantized:
@@ -136,15 +141,16 @@ def int8(prefix: str, tensors: Stored) -> Quantized:
     weight = part_of(tensors, prefix, "weight", ("I8",), 2)
     rows, columns = weight.shape
     scales = scales_of(tensors, prefix, rows, columns)
-    parts = {"weight": Part(weight, 0), "weight_scale": rows_of(scales, rows)}
+    parts = {"weight": Part(weight, 0, across=1), "weight_scale": rows_of(scales, rows, columns)}
     if f"{prefix}.weight_zero_point" in tensors:
         zeros = part_of(tensors, prefix, "weight_zero_point", ("I8",), len(scales.shape))
         if zeros.shape != scales.shape:
             raise misfit(zeros, prefix, "weight_zero_point", list(scales.shape))
-        parts["weight_zero_point"] = rows_of(zeros, rows)
+        parts["weight_zero_point"] = rows_of(zeros, rows, columns)
 
-    zero_point = None if "weight_zero_point" in parts else 128
-    return scaled((rows, columns), parts, layouts.int8, 1, scheme_of(8, columns, groups_of(scales), zero_point))
+    groups, zero_point = groups_of(scales), None if "weight_zero_point" in parts else 128
+    scheme = scheme_of(8, columns, groups, zero_point)
+    return scaled((rows, columns), parts, layouts.int8, 1, scheme, unit_of(columns, groups))
 
 
 def scales_of(tensors: Stored, prefix: str, rows: int, columns: int) -> StoredTensor:
@@ -163,7 +169,15 @@ def groups_of(scales: StoredTensor) -> int:
     return scales.shape[1] if len(scales.shape) == 2 else 1
 
 
-def rows_of(stored: StoredTensor, rows: int) -> Part:
-    """A part with one number for all rows, or some for each."""
-    one = all(size == 1 for size in stored.shape)
-    return Part(stored, None if one and rows > 1 else 0)
+def unit_of(columns: int, groups: int) -> int:
+    """Of how many columns' multiples some can be read by themselves; 0: rows are read whole."""
+    if groups == 1:
+        return 1
+    return 0 if columns % groups else columns // groups
+
+
+def rows_of(stored: StoredTensor, rows: int, columns: int) -> Part:
+    """A part with one number for all rows, or one for each, or one for each group of a row's columns."""
+    one, groups = all(size == 1 for size in stored.shape), groups_of(stored)
+    part = Part(stored, None if one and rows > 1 else 0)
+    return part if groups == 1 or columns % groups else replace(part, across=1, unit=(columns // groups, 1))

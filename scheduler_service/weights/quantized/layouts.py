@@ -70,11 +70,12 @@ def awq_numbers(words: torch.Tensor) -> torch.Tensor:
 def packed_words(parts: Parts, bits: int, columns: int) -> ScaledRows:
     """weight_packed (rows, columns * bits / 32), weight_scale (rows, groups) or one number.
 
+    Of `columns` columns, or of whole groups of them.
     There may be weight_zero_point (rows * bits / 32, groups), and weight_g_idx (columns,) where the columns of a group
     are not side by side. Numbers are stored without a sign: where there are no zero points, the middle one means 0.
     """
     numbers = unpacked(parts["weight_packed"], bits)[:, :columns]
-    rows = len(numbers)
+    rows, columns = numbers.shape
     scales = row_scales(parts["weight_scale"], rows)
     groups, order = scales.shape[1], None
     if "weight_zero_point" in parts:

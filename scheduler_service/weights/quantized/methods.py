@@ -3,6 +3,7 @@
 Every tensor's parts are checked against each other before a byte of them is read.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, Part, Quantized
 from quartet.scheduler_service.weights.quantized import layouts
 from quartet.scheduler_service.weights.quantized.bitsandbytes import STATE, bitsandbytes
+from quartet.scheduler_service.weights.quantized.column_index import with_index
 from quartet.scheduler_service.weights.quantized.compressed import compressed
 from quartet.scheduler_service.weights.quantized.mxfp4 import with_experts
 from quartet.scheduler_service.weights.quantized.parts import (
@@ -83,7 +85,8 @@ def columns_first(prefix: str, tensors: Stored, bits: int, rows: int, columns: i
         raise misfit(scales, prefix, "scales", [groups, rows])
     if zeros.shape != (groups, rows // per):
         raise misfit(zeros, prefix, "qzeros", [groups, rows // per])
-    return {"qzeros": Part(zeros, 1, per), "scales": Part(scales, 1)}
+    unit = columns // groups, 1
+    return {"qzeros": Part(zeros, 1, per, across=0, unit=unit), "scales": Part(scales, 1, across=0, unit=unit)}
 
 
 def gptq(prefix: str, tensors: Stored, settings: Settings) -> Quantized:
@@ -94,15 +97,16 @@ def gptq(prefix: str, tensors: Stored, settings: Settings) -> Quantized:
     added = choice(settings, "checkpoint_format", "gptq", ("gptq", "gptq_v2")) == "gptq"
     words = part_of(tensors, prefix, "qweight", WORDS, 2)
     rows, columns = words.shape[1], words.shape[0] * (32 // bits)
-    parts = {"qweight": Part(words, 1), **columns_first(prefix, tensors, bits, rows, columns)}
-    if f"{prefix}.g_idx" in tensors:
-        index = part_of(tensors, prefix, "g_idx", WORDS, 1)
-        if index.shape != (columns,):
-            raise misfit(index, prefix, "g_idx", [columns])
-        parts["g_idx"] = Part(index, None)
-
-    scheme = None if settings.get("desc_act") is True else scheme_of(bits, columns, parts["scales"].stored.shape[0])
-    return scaled((rows, columns), parts, lambda read: layouts.gptq(read, bits, int(added)), 32 // bits, scheme)
+    per = 32 // bits
+    parts = {
+        "qweight": Part(words, 1, across=0, unit=(per, 1)),
+        **columns_first(prefix, tensors, bits, rows, columns),
+    }
+    groups = parts["scales"].stored.shape[0]
+    scheme = None if settings.get("desc_act") is True else scheme_of(bits, columns, groups)
+    layout = partial(layouts.gptq, bits=bits, added=int(added))
+    made = scaled((rows, columns), parts, layout, per, scheme, math.lcm(per, columns // groups))
+    return with_index(made, prefix, "g_idx", tensors, groups)
 
 
 def awq(prefix: str, tensors: Stored, settings: Settings) -> Quantized:
@@ -112,10 +116,10 @@ def awq(prefix: str, tensors: Stored, settings: Settings) -> Quantized:
         raise CheckpointError(f"quantization_config: version is {short(settings['version'])}; what is read is gemm")
     words = part_of(tensors, prefix, "qweight", WORDS, 2)
     rows, columns = words.shape[1] * 8, words.shape[0]
-    parts = {"qweight": Part(words, 1, 8), **columns_first(prefix, tensors, 4, rows, columns)}
+    parts = {"qweight": Part(words, 1, 8, across=0), **columns_first(prefix, tensors, 4, rows, columns)}
 
-    scheme = scheme_of(4, columns, parts["scales"].stored.shape[0])
-    return scaled((rows, columns), parts, layouts.awq, 8, scheme)
+    groups = parts["scales"].stored.shape[0]
+    return scaled((rows, columns), parts, layouts.awq, 8, scheme_of(4, columns, groups), columns // groups)
 
 
 METHODS: dict[str, tuple[tuple[str, ...], Callable[[str, Stored, Settings], Quantized | None]]] = {

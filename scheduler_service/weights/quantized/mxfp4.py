@@ -71,10 +71,14 @@ def matrices(prefix: str, own: str, tensors: Stored) -> dict[str, Quantized]:
     for expert in range(experts):
         pair = slice_of(blocks, expert), slice_of(scales, expert)
         for place, name in enumerate(names):
-            parts = {kind: Part(part, 0, each=len(names)) for (kind, _), part in zip(PARTS, pair, strict=True)}
+            parts = {
+                kind: Part(part, 0, each=len(names), across=1, unit=(layouts.MXFP4_GROUP, 1))
+                for (kind, _), part in zip(PARTS, pair, strict=True)
+            }
             layout = partial(layouts.mxfp4, first=place, step=len(names))
             shape = all_rows // len(names), groups * layouts.MXFP4_GROUP
-            made[f"{prefix}.{expert}.{name}.weight"] = scaled(shape, parts, layout, 1, layouts.MXFP4)
+            whole = scaled(shape, parts, layout, 1, layouts.MXFP4, layouts.MXFP4_GROUP)
+            made[f"{prefix}.{expert}.{name}.weight"] = whole
     return made
 
 
@@ -89,7 +93,10 @@ def plain_matrices(prefix: str, own: str, stored: StoredTensor) -> dict[str, Qua
 
     return {
         f"{prefix}.{expert}.{name}.weight": Quantized(
-            (all_rows // len(names), columns), {own: Part(slice_of(stored, expert), 1, each=len(names))}, expand(place)
+            (all_rows // len(names), columns),
+            {own: Part(slice_of(stored, expert), 1, each=len(names), across=0)},
+            expand(place),
+            unit_columns=1,
         )
         for expert in range(experts)
         for place, name in enumerate(names)

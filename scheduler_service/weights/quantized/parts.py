@@ -1,12 +1,13 @@
 """What the methods of quantization share: their stored parts, checked against each other, and matrices in FP8."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
-from quartet.kernels.cpu.native.quantized import QuantizedRows, Scheme
+from quartet.kernels.cpu.native.quantized import UNIT, QuantizedRows, Scheme
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.checkpoint import CheckpointError, Part, Quantized, StoredTensor
 from quartet.scheduler_service.weights.quantized import layouts
@@ -53,8 +54,9 @@ def scaled(
     layout: Callable[[dict[str, torch.Tensor]], ScaledRows],
     unit_rows: int = 1,
     scheme: Scheme | None = None,
+    unit_columns: int = 0,
 ) -> Quantized:
-    """A matrix of numbers with scales, which `layout` makes of its parts."""
+    """A matrix of numbers with scales, which `layout` makes of its parts, or of those of some of its columns."""
 
     def expand(read: dict[str, torch.Tensor], first: int) -> torch.Tensor:
         return layout(read).values()
@@ -63,7 +65,9 @@ def scaled(
         assert scheme is not None
         return layout(read).in_scheme(scheme)
 
-    return Quantized(shape, parts, expand, unit_rows, scheme, None if scheme is None else numbers)
+    if scheme is None:
+        return Quantized(shape, parts, expand, unit_rows, unit_columns=unit_columns)
+    return Quantized(shape, parts, expand, unit_rows, scheme, numbers, math.lcm(unit_columns, UNIT))
 
 
 def float8(prefix: str, tensors: Stored, settings: Settings, scale: str) -> Quantized | None:
@@ -88,8 +92,11 @@ def float8(prefix: str, tensors: Stored, settings: Settings, scale: str) -> Quan
         needed = [-(-rows // block[0]), -(-columns // block[1])]
         if list(stored.shape) != needed:
             raise misfit(stored, prefix, own, needed)
-        blocks = {"weight": Part(weight, 0), own: Part(stored, 0, block[0])}
-        return Quantized(shape, blocks, partial(block_values, scale=own, block=(block[0], block[1])))
+        scales = Part(stored, 0, block[0], across=1, unit=(block[1], 1))
+        expand_blocks = partial(block_values, scale=own, block=(block[0], block[1]))
+        return Quantized(
+            shape, {"weight": Part(weight, 0, across=1), own: scales}, expand_blocks, unit_columns=block[1]
+        )
     one = all(size == 1 for size in stored.shape)
     if not one and stored.shape not in ((rows,), (rows, 1)):
         raise misfit(stored, prefix, own, [rows, 1])
@@ -97,7 +104,8 @@ def float8(prefix: str, tensors: Stored, settings: Settings, scale: str) -> Quan
     def expand(read: dict[str, torch.Tensor], first: int) -> torch.Tensor:
         return layouts.float8(read, own)
 
-    return Quantized(shape, {"weight": Part(weight, 0), own: Part(stored, None if one else 0)}, expand)
+    parts = {"weight": Part(weight, 0, across=1), own: Part(stored, None if one else 0)}
+    return Quantized(shape, parts, expand, unit_columns=1)
 
 
 def block_values(read: dict[str, torch.Tensor], first: int, scale: str, block: tuple[int, int]) -> torch.Tensor:

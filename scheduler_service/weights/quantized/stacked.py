@@ -14,10 +14,9 @@ whose gate and up alternate, is read by mxfp4.py.
 
 from dataclasses import replace
 
-import torch
-
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.checkpoint import (
+    DTYPE_BYTES,
     DTYPES,
     Checkpoint,
     CheckpointError,
@@ -100,13 +99,24 @@ def rows_of(stored: StoredTensor, first: int, rows: int) -> StoredTensor:
 def rows_first_matrix(stored: StoredTensor, first: int, rows: int) -> Quantized:
     """Some rows of a stored matrix."""
     part = rows_of(stored, first, rows)
-    return Quantized(part.shape, {"rows": Part(part, 0)}, lambda read, _: read["rows"])
+    return Quantized(part.shape, {"rows": Part(part, 0, across=1)}, lambda read, _: read["rows"], unit_columns=1)
 
 
 def columns_first_matrix(stored: StoredTensor, first: int, rows: int) -> Quantized:
-    """Some columns of a stored matrix as rows. It is read as a whole: pieces of all its lines would be many."""
-
-    def expand(read: dict[str, torch.Tensor], _: int) -> torch.Tensor:
-        return read["whole"][:, first : first + rows].T
-
-    return Quantized((rows, stored.shape[0]), {"whole": Part(stored, None)}, expand, unit_rows=rows)
+    """Some columns of a stored matrix as rows. They are read all at once: pieces of all its lines would be many."""
+    columns, line_bytes = stored.shape[0], stored.nbytes // stored.shape[0]
+    size = DTYPE_BYTES[stored.dtype]
+    part = replace(
+        stored,
+        shape=(columns, rows),
+        offset=stored.offset + first * size,
+        nbytes=columns * rows * size,
+        pitch=line_bytes if rows < stored.shape[1] else 0,
+    )
+    return Quantized(
+        (rows, columns),
+        {"lines": Part(part, 1, across=0)},
+        lambda read, _: read["lines"].T,
+        unit_columns=1,
+        at_once=True,
+    )

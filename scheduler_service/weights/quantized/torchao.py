@@ -4,6 +4,7 @@ A tensor X.weight is stored as X._weight_qdata and further parts. Which kind of 
 metadata, but follows from the parts as well; the metadata says only how many columns a matrix in tiles has.
 """
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.checkpoint import CheckpointError, Part, Quantized, StoredTensor, read_metadata
 from quartet.scheduler_service.weights.quantized import layouts
-from quartet.scheduler_service.weights.quantized.compressed import groups_of, rows_of
+from quartet.scheduler_service.weights.quantized.compressed import groups_of, rows_of, unit_of
 from quartet.scheduler_service.weights.quantized.parts import (
     FLOAT8,
     SCALES,
@@ -65,15 +66,16 @@ def torchao(prefix: str, tensors: Stored, settings: Settings) -> Quantized:
     scales = part_of(tensors, prefix, SCALE, SCALES, 2)
     if scales.shape != (1, 1) and (scales.shape[0] != rows or columns % scales.shape[1]):
         raise misfit(scales, prefix, SCALE, [rows, 1])
-    parts = {NUMBERS: Part(numbers, 0), SCALE: rows_of(scales, rows)}
+    parts = {NUMBERS: Part(numbers, 0, across=1), SCALE: rows_of(scales, rows, columns)}
+    groups = groups_of(scales)
     if numbers.dtype in FLOAT8:
-        return Quantized((rows, columns), parts, float8)
+        return Quantized((rows, columns), parts, float8, unit_columns=unit_of(columns, groups))
     if zeros is not None:
         if zeros.shape != scales.shape:
             raise misfit(zeros, prefix, ZEROS, list(scales.shape))
-        parts[ZEROS] = rows_of(zeros, rows)
-    zero_point = None if zeros is not None else 128
-    return scaled((rows, columns), parts, whole_numbers, 1, scheme_of(8, columns, groups_of(scales), zero_point))
+        parts[ZEROS] = rows_of(zeros, rows, columns)
+    scheme = scheme_of(8, columns, groups, None if zeros is not None else 128)
+    return scaled((rows, columns), parts, whole_numbers, 1, scheme, unit_of(columns, groups))
 
 
 def int4(prefix: str, tensors: Stored) -> Quantized:
@@ -85,8 +87,11 @@ def int4(prefix: str, tensors: Stored) -> Quantized:
     for own, part in ((SCALE, scales), (ZEROS, zeros)):
         if part.shape != (groups, rows) or columns % groups:
             raise misfit(part, prefix, own, [groups, rows])
-    parts = {NUMBERS: Part(numbers, 0), SCALE: Part(scales, 1), ZEROS: Part(zeros, 1)}
-    return scaled((rows, columns), parts, layouts.int4_with_signs, 1, scheme_of(4, columns, groups))
+    size = columns // groups
+    parts = {NUMBERS: Part(numbers, 0, across=1, unit=(2, 1))}
+    parts |= {own: Part(part, 1, across=0, unit=(size, 1)) for own, part in ((SCALE, scales), (ZEROS, zeros))}
+    scheme = scheme_of(4, columns, groups)
+    return scaled((rows, columns), parts, layouts.int4_with_signs, 1, scheme, math.lcm(2, size))
 
 
 def int4_tiles(prefix: str, tensors: Stored) -> Quantized:

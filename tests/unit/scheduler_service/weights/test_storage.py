@@ -229,9 +229,9 @@ def numbers_in(file: Path, scale: float) -> StoredTensor:
     file.write_bytes(bytes(16 * 34))
     scheme, _ = FORMATS["Q8_0"]
 
-    def numbers(memory: torch.Tensor) -> QuantizedRows:
+    def numbers(memory: torch.Tensor, columns: int) -> QuantizedRows:
         rows = len(memory) // 34
-        return QuantizedRows(scheme, torch.zeros(rows, 32, dtype=torch.uint8), torch.full((rows, 1), scale), None)
+        return QuantizedRows(scheme, torch.zeros(rows, columns, dtype=torch.uint8), torch.full((rows, 1), scale), None)
 
     encoding = Encoding("Q8_0", 34, 32, lambda memory: memory, scheme, numbers)
     return StoredTensor(file, "F32", (16, 32), 0, 16 * 34, encoding=encoding)
