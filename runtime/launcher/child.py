@@ -22,6 +22,7 @@ from quartet.runtime.process.python_path import python_path
 from quartet.runtime.service import Ready
 
 READY_LINE_BYTES = 64 << 10
+BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")  # variables by which OpenMP binds threads to CPUs
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,28 @@ def start(service: Service, inherited: Sequence[int]) -> Child:
 
 
 def child_environment(environment: Mapping[str, str], service: Service) -> dict[str, str]:
-    """The launcher's environment over the service's; quiet OpenMP threads; a path on which our packages come first."""
+    """The launcher's environment over the service's; quiet OpenMP threads; a path on which our packages come first.
+
+    OpenMP binds nothing: it would leave the thread that loads it one CPU, and so all that this thread starts: our own
+    kernels' threads, and the compiler.
+    """
     ours = {
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve the other processes
         "OMP_NUM_THREADS": str(service.threads or max(1, usable_cores() // service.of_role)),
         **service.environment,
     }
     inherited = {name: value for name, value in environment.items() if name != "NOTIFY_SOCKET"}
-    return ours | inherited | {"PYTHONPATH": python_path(environment)}
+    return ours | inherited | {"PYTHONPATH": python_path(environment), "OMP_PROC_BIND": "FALSE"}
+
+
+def binding_note(environment: Mapping[str, str]) -> str:
+    """What to tell an operator who wants OpenMP to bind threads; "" where nobody does."""
+    if environment.get("OMP_PROC_BIND", "").strip().lower() == "false":
+        return ""
+    found = [name for name in BINDING if environment.get(name)]
+    if not found:
+        return ""
+    return f"{' and '.join(found)} not used: the kernels place their threads. `taskset` chooses the server's CPUs."
 
 
 def device_numbers(service: Service, environment: Mapping[str, str], ranks: int = 1) -> str:

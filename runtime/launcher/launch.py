@@ -19,7 +19,7 @@ import setproctitle
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError, UsageError
 from quartet.runtime.launcher import run_dir, unix_socket
-from quartet.runtime.launcher.child import Service
+from quartet.runtime.launcher.child import Service, binding_note
 from quartet.runtime.launcher.parent import exit_with_parent
 from quartet.runtime.launcher.ready_file import ReadyFile, kept
 from quartet.runtime.launcher.supervisor import ExitStatus, Signals, Supervisor
@@ -80,7 +80,7 @@ def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
         flags.forget_secrets(os.environ)
         setproctitle.setproctitle(TITLE.format(role="launcher"))
         set_up_logging(settings.config)
-        for note in settings.notes:
+        for note in filter(None, [*settings.notes, binding_note(os.environ)]):
             log.warning("%s", note)
         if settings.config.exit_with_parent is not None:
             exit_with_parent(settings.config.exit_with_parent)

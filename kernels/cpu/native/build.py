@@ -1,8 +1,9 @@
 """Compiles the C sources beside this file with the machine's compiler, once: the result is kept in the user's cache.
 
 A compiled file holds the kernels for one instruction set, as each takes several seconds to compile. Its name follows
-from that, the sources, the flags and the compiler. It is renamed into its place as a whole; several processes may do
-so at once. Where the cache cannot be written, or belongs to somebody else, the file is compiled for this process only.
+from that, the sources, the flags and the compiler. It comes to its place as a whole; several processes may put it there
+at once, also those of several machines that share the cache. Where the cache cannot be written, or others can write to
+it, the file is compiled for this process only, and the log says so.
 
 A file that has lost some of its bytes (a machine that went down, a full disk) would end the process that loads it. So
 its hash stands behind the library, where the loader does not look, and one that does not fit is compiled again.
@@ -10,15 +11,20 @@ its hash stands behind the library, where the loader does not look, and one that
 
 import contextlib
 import hashlib
+import logging
 import os
 import platform
+import secrets
 import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-fno-strict-aliasing")
@@ -31,10 +37,12 @@ FEATURES = {
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx512_vnni": {"avx512_vnni"},
     "avx512_bf16": {"avx512_bf16"},
-    "amx": {"amx_tile", "amx_bf16"},
+    "amx": {"amx_tile", "amx_bf16", "avx512vbmi"},
 }
 CPU_INFO = Path("/proc/cpuinfo")
 HASH_BYTES = 32  # behind the library
+PART = ".part"  # ends the name of a file that is being copied to the cache
+PARTS_AGE_S = 3600  # older ones are left from a process that ended meanwhile
 
 
 class CannotBuild(Exception):
@@ -89,12 +97,13 @@ def built(instruction_set: str, afresh: bool = False) -> Iterator[Path]:
     if not is_possible() or found is None:
         raise CannotBuild("they need Linux on x86-64, and gcc")
     directory = cache_directory()
-    if directory is not None:
-        path = directory / f"kernels-{instruction_set}-{fingerprint(found)}.so"
-        yield path if is_whole(path) and not afresh else compiled(found, instruction_set, path)
+    path = None if directory is None else directory / f"kernels-{instruction_set}-{fingerprint(found)}.so"
+    if path is not None and not afresh and is_whole(path):
+        yield path
         return
     with tempfile.TemporaryDirectory(prefix="quartet-native-") as temporary:
-        yield compiled(found, instruction_set, Path(temporary) / "kernels.so")
+        made = compiled(found, instruction_set, Path(temporary))
+        yield made if path is None or not is_kept(made, path, afresh) else path
 
 
 def fingerprint(found: str) -> str:
@@ -119,20 +128,63 @@ def is_whole(path: Path) -> bool:
 
 def run(command: list[str]) -> None:
     """Run the compiler. Raises CalledProcessError, OSError and TimeoutExpired."""
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
+    subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
 
 
 def cache_directory() -> Path | None:
-    """The directory of compiled kernels, made if need be; None where nothing can be kept there safely."""
+    """The directory of compiled kernels, made if need be; None, and a log line, where others could put files there."""
+    directory = None
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
         directory = Path(base) / "quartet" / "native"
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         about = directory.stat()
-    except (OSError, RuntimeError):  # the latter: there is no home
-        return None
-    is_ours = about.st_uid == os.getuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return directory if is_ours and os.access(directory, os.W_OK) else None
+    except (OSError, RuntimeError) as error:  # the latter: there is no home
+        reason = f"it cannot be made ({error})"
+    else:
+        if about.st_uid == os.getuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return directory
+        reason = f"others can write to it (owner {about.st_uid}, mode {stat.S_IMODE(about.st_mode):o})"
+    log_not_kept(directory, reason)
+    return None
+
+
+def log_not_kept(directory: Path | None, reason: object) -> None:
+    where = "~/.cache" if directory is None else directory
+    log.warning("Compiled kernels cannot be kept in %s, so every start compiles them again: %s.", where, reason)
+
+
+def is_kept(made: Path, path: Path, afresh: bool) -> bool:
+    """Put a compiled file into the cache, as a whole; False, and a log line, where that cannot be done.
+
+    One that another process has put there meanwhile stays unless `afresh`: on a network file system, processes of other
+    machines that have it mapped would lose it.
+    """
+    part = path.with_suffix(f".{secrets.token_hex(8)}{PART}")  # process numbers are unique on one machine only
+    try:
+        remove_old_parts(path.parent)
+        part.touch(mode=0o600, exist_ok=False)
+        shutil.copyfile(made, part)
+        if not afresh:
+            with contextlib.suppress(OSError):  # there is one already, or this file system has no links
+                os.link(part, path)
+        if afresh or not is_whole(path):
+            part.replace(path)
+    except OSError as error:
+        log_not_kept(path.parent, error)
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+    return True
+
+
+def remove_old_parts(directory: Path) -> None:
+    """Remove what processes left that ended while they copied."""
+    for part in directory.glob(f"*{PART}"):
+        with contextlib.suppress(FileNotFoundError):  # another process removes it as well
+            if part.stat().st_mtime < time.time() - PARTS_AGE_S:
+                part.unlink()
 
 
 def sources_of(instruction_set: str) -> list[Path]:
@@ -141,24 +193,23 @@ def sources_of(instruction_set: str) -> list[Path]:
     return [SOURCES / f"{instruction_set}.c", *common]
 
 
-def compiled(found: str, instruction_set: str, path: Path) -> Path:
-    """Compile to `path`, several sources at once. Raises CannotBuild with the compiler's first words."""
-    part = path.with_suffix(f".{os.getpid()}.part")
+def compiled(found: str, instruction_set: str, directory: Path) -> Path:
+    """A library in a directory that is empty; several sources are compiled at once.
+
+    Raises CannotBuild with the compiler's first words.
+    """
+    sources, library = sources_of(instruction_set), directory / "kernels.so"
+    objects = [f"{directory}/{source.stem}.o" for source in sources]
+    commands = [[found, *FLAGS, "-c", str(s), "-o", o] for s, o in zip(sources, objects, strict=True)]
     try:
-        with tempfile.TemporaryDirectory(prefix="quartet-native-") as objects, ThreadPoolExecutor(CORES) as pool:
-            sources = sources_of(instruction_set)
-            made = [f"{objects}/{source.stem}.o" for source in sources]
-            commands = [[found, *FLAGS, "-c", str(s), "-o", o] for s, o in zip(sources, made, strict=True)]
+        with ThreadPoolExecutor(CORES) as pool:
             list(pool.map(run, commands))
-            run([found, "-shared", "-pthread", "-o", str(part), *made, "-lm"])
-        digest = hashlib.sha256(part.read_bytes()).digest()
-        with part.open("ab") as file:
+        run([found, "-shared", "-pthread", "-o", str(library), *objects, "-lm"])
+        digest = hashlib.sha256(library.read_bytes()).digest()
+        with library.open("ab") as file:
             file.write(digest)
-        part.replace(path)
     except subprocess.CalledProcessError as error:
         raise CompilerRefused(f"{found} failed: {error.stderr.strip()[:500]}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotBuild(f"{found} failed: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    return library

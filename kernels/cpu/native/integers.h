@@ -17,6 +17,7 @@
 #endif
 
 #define AHEAD 2048 /* bytes */
+#define LEAST_LARGEST 1e-36f /* 127 over less is not finite: such numbers are taken for zeros */
 #if defined(__AVX512F__)
 #define CROSSES_BLOCKS 1
 #else
@@ -110,7 +111,7 @@ INLINE void store_integers(const struct integer_rows *x, int64_t row, int64_t un
     vec zero = vec_set(0.0f);
     vec most = vec_max(vec_max(first, vec_sub(zero, first)), vec_max(second, vec_sub(zero, second)));
     float largest = vec_largest(most), check = vec_sum(vec_mul(vec_add(first, second), zero));
-    float scale = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    float scale = largest / 127.0f, inverse = largest > LEAST_LARGEST ? 127.0f / largest : 0.0f;
     if (check != 0 || !(largest <= 3.4e38f)) { /* no number, or too large: then the sums are no numbers */
         scale = NAN;
         first = second = zero;

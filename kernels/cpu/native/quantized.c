@@ -156,6 +156,14 @@ INLINE void quantize_offset(const struct group *g, float most, uint8_t *out, flo
         store_numbers(out + i * LANES, best[i]);
 }
 
+/* Comparisons lose a NaN: where a value is one, or infinite, the scale says so. */
+INLINE int is_finite(const struct group *g) {
+    vec none = vec_set(0.0f), sum = none;
+    for (int i = 0; i < g->vecs; i++)
+        sum = vec_fma(g->x[i], none, sum);
+    return vec_sum(sum) == 0;
+}
+
 static void quantize_rows(void *argument, int thread, int threads) {
     (void)thread, (void)threads;
     struct quantizing *q = argument;
@@ -176,6 +184,8 @@ static void quantize_rows(void *argument, int thread, int threads) {
                 fit_symmetric(&g, q->zero, out, q->scales + place);
             else
                 quantize_symmetric(&g, q->zero, out, q->scales + place);
+            if (!is_finite(&g))
+                q->scales[place] = NAN;
         }
 }
 

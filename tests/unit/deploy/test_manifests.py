@@ -80,6 +80,12 @@ def test_the_pod_starts_a_server_that_takes_its_flags_and_variables_and_drains_i
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_a_mount_leaves_the_cache_of_kernels_as_private_as_it_was_made(name):
+    (pod,) = (found["spec"]["template"]["spec"] for found in of_kind(objects(name), "Deployment"))
+    assert pod["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_probes_ask_open_routes_and_mounts_have_volumes(name):
     found = objects(name)
     [deployment] = of_kind(found, "Deployment")

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from quartet.kernels.cpu.experts import Experts, ExpertsArgument
-from quartet.kernels.cpu.linear import Linear
+from quartet.kernels.cpu.linear import Linear, no_pause
 from quartet.kernels.cpu.native import build, library
 from quartet.kernels.cpu.native.library import INSTRUCTION_SETS, Library
+from quartet.kernels.cpu.native.quantized import INT4, INT8, QuantizedWeight, Scheme, quantize
 from quartet.kernels.reference import layers as reference
 
 pytestmark = pytest.mark.skipif(not build.is_possible(), reason="no compiler, or another kind of machine")
@@ -120,6 +121,48 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(kernels):
         some = rows[first:last].clone()
         argument.add(kernels, some)
         assert torch.equal(some, whole[first:last])
+
+
+def quantized(layer: Linear, scheme: Scheme) -> Linear:
+    """A layer with the same values in few bits, which keeps order."""
+    own = QuantizedWeight(*layer.weight.shape, scheme)
+    own.write(0, quantize(layer.weight, scheme), no_pause)
+    made = Linear(layer.weight, quantized=own)
+    made.keep_order()
+    return made
+
+
+@pytest.mark.parametrize("scheme", [INT8, INT4, Scheme(6, 16, False, 32), Scheme(5, 32, True)], ids=str)
+def test_quantized_experts_that_keep_order_give_a_row_the_same_bits_in_any_company(kernels, scheme):
+    plain = mixture()
+    assert plain.shared is not None
+    argument = ExpertsArgument(
+        replace(
+            plain,
+            gate_up=[quantized(layer, scheme) for layer in plain.gate_up],
+            down=[quantized(layer, scheme) for layer in plain.down],
+            shared=(quantized(plain.shared[0], scheme), quantized(plain.shared[1], scheme)),
+        )
+    )
+    rows = torch.randn(120, HIDDEN).bfloat16()
+    whole = rows.clone()
+    argument.add(kernels, whole)
+    for first, last in ((0, 1), (5, 7), (30, 47), (20, 80)):
+        some = rows[first:last].clone()
+        argument.add(kernels, some)
+        assert torch.equal(some, whole[first:last]), (first, last)
+
+
+def test_experts_that_keep_order_from_now_on_are_described_anew(kernels):
+    plain = mixture(shared=None, shared_gate=None)
+    layers = [quantized(layer, INT8) for layer in plain.gate_up]
+    for layer in layers:
+        layer.keeps_order = False
+    argument = ExpertsArgument(replace(plain, gate_up=layers))
+    assert not argument.fill().gate_up[0].quantized.exact
+    for layer in layers:
+        layer.keep_order()
+    assert argument.fill().gate_up[0].quantized.exact
 
 
 def test_rows_that_are_no_numbers_choose_experts_that_exist_and_stay_among_themselves(kernels):

@@ -10,7 +10,7 @@ import time
 import msgspec
 import pytest
 
-from quartet.runtime.launcher.child import Child, Service, child_environment, usable_cores
+from quartet.runtime.launcher.child import Child, Service, binding_note, child_environment, usable_cores
 from quartet.runtime.launcher.launch import SERVICES
 from quartet.runtime.launcher.lull import Lull
 from quartet.runtime.launcher.supervisor import (
@@ -202,6 +202,18 @@ def test_what_the_operator_has_set_is_kept():
     service = Service("scheduler", "s", environment={"GLIBC_TUNABLES": "ours", "X": "1"})
     environment = child_environment({"OMP_NUM_THREADS": "5", "GLIBC_TUNABLES": "theirs"}, service)
     assert (environment["OMP_NUM_THREADS"], environment["GLIBC_TUNABLES"], environment["X"]) == ("5", "theirs", "1")
+
+
+@pytest.mark.parametrize("name", ["OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY"])
+def test_openmp_binds_no_threads_and_who_wants_it_is_told(name):
+    environment = {name: "0"}
+    assert child_environment(environment, SCHEDULER)["OMP_PROC_BIND"] == "FALSE"
+    assert binding_note(environment).startswith(f"{name} not used")
+
+
+def test_who_binds_nothing_is_told_nothing():
+    for environment in ({}, {"OMP_PROC_BIND": "false", "OMP_PLACES": "cores"}, {"OMP_PLACES": ""}):
+        assert binding_note(environment) == ""
 
 
 def test_the_scheduler_gets_a_thread_per_usable_core():

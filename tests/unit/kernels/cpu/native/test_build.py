@@ -1,7 +1,9 @@
 """Compiling the CPU kernels: once for all processes, and never from a place that others can write to."""
 
 import ctypes
+import errno
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -46,7 +48,9 @@ def test_each_instruction_set_has_a_file_without_the_others(cache):
     assert len(list(cache.iterdir())) == 2
 
 
-FLAGS = "fpu fma f16c avx2 avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni amx_tile amx_bf16 amx_int8"
+FLAGS = (
+    "fpu fma f16c avx2 avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni avx512vbmi amx_tile amx_bf16 amx_int8"
+)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,7 @@ FLAGS = "fpu fma f16c avx2 avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512
     [
         (FLAGS, ["avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]),
         (FLAGS.replace("amx_bf16", ""), ["avx2", "avx512", "avx512_vnni", "avx512_bf16"]),
+        (FLAGS.replace("avx512vbmi", ""), ["avx2", "avx512", "avx512_vnni", "avx512_bf16"]),
         (FLAGS.replace("avx512_bf16", ""), ["avx2", "avx512", "avx512_vnni"]),
         (FLAGS.replace("avx512_vnni", ""), ["avx2", "avx512"]),
         (FLAGS.replace("avx512dq", ""), ["avx2"]),
@@ -104,6 +109,65 @@ with build.built("avx2") as path:
     assert len(list(cache.iterdir())) == 1
 
 
+def test_processes_of_two_machines_with_one_number_share_a_cache(cache, monkeypatch):
+    """As those of two containers: each copies to a name of its own, and the first file stays for who has it mapped."""
+    real, inner = build.compiled, []
+
+    def compiled(*arguments):
+        made = real(*arguments)
+        if not inner:  # meanwhile the other one does all of its work
+            inner.append(made)
+            with build.built("avx2") as path:
+                inner.append(path.stat().st_ino)
+        return made
+
+    monkeypatch.setattr(build, "compiled", compiled)
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with build.built("avx2") as path:
+        assert build.is_whole(path) and path.stat().st_ino == inner[1]
+    assert list(cache.iterdir()) == [path]
+
+
+def test_a_file_system_without_links_gets_a_whole_file_too(cache, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with build.built("avx2") as path:
+        assert build.is_whole(path) and list(cache.iterdir()) == [path]
+
+
+def test_what_a_process_left_that_ended_while_it_copied_is_removed(cache):
+    cache.mkdir(parents=True, mode=0o700)
+    old, young = cache / "kernels-avx2-0.1.part", cache / "kernels-avx2-0.2.part"
+    for part in (old, young):
+        part.write_bytes(b"half of it")
+    os.utime(old, (0, 0))
+    with build.built("avx2") as path:
+        assert set(cache.iterdir()) == {path, young}
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_kernels(cache, monkeypatch, caplog):
+    def full(source, target):
+        Path(target).write_bytes(b"so much")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with build.built("avx2") as path:
+        assert cache not in path.parents and ctypes.CDLL(str(path)).quartet_one
+    assert list(cache.iterdir()) == [] and "No space left on device" in caplog.text
+
+
+def test_a_compiler_whose_words_are_no_utf8_is_quoted(cache, tmp_path, monkeypatch):
+    failing = tmp_path / "bin" / "gcc"
+    failing.parent.mkdir()
+    failing.write_bytes(b"#!/bin/sh\nprintf 'unbekannt f\\374r' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{failing.parent}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(build.CompilerRefused, match="unbekannt f"), build.built("avx2"):
+        pass
+
+
 def test_a_damaged_file_is_compiled_again(cache):
     with build.built("avx2") as path:
         pass
@@ -127,13 +191,24 @@ def test_a_file_that_lost_bytes_is_compiled_again_before_the_loader_sees_it(dama
         assert ctypes.CDLL(str(path)).quartet_one
 
 
-def test_a_cache_that_others_can_write_to_is_not_used(cache):
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_cache_that_others_can_write_to_is_not_used_and_the_log_says_so(mode, cache, caplog):
     cache.mkdir(parents=True)
-    cache.chmod(0o777)
+    cache.chmod(mode)
     with build.built("avx2") as path:
         assert cache not in path.parents
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert not path.exists()
+    assert f"cannot be kept in {cache}" in caplog.text and f"mode {mode:o}" in caplog.text
+
+
+def test_a_cache_that_nobody_can_write_to_is_read(cache, monkeypatch):
+    with build.built("avx2") as path:
+        pass
+    monkeypatch.setattr(build, "is_kept", lambda *_: pytest.fail("written"))
+    cache.chmod(0o500)
+    with build.built("avx2") as again:
+        assert again == path
 
 
 def test_without_a_place_for_the_cache_the_file_is_compiled_for_this_process(tmp_path, monkeypatch):

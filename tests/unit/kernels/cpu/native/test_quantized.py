@@ -162,6 +162,28 @@ def test_a_row_that_is_no_number_stays_so(kernels, rows, value):
     assert not torch.isfinite(out[-1]).any() and torch.isfinite(out[:-1]).all()
 
 
+def test_a_row_of_very_small_numbers_counts_for_nothing_and_breaks_nothing(kernels):
+    """Beside them 127 / largest has no place in float32."""
+    weight = packed_weight(32, 64, quantize((torch.randn(32, 64) / 8).bfloat16(), INT8))
+    x, out = torch.randn(2, 64).bfloat16(), torch.full((2, 32), torch.nan)
+    x[0] = 1e-37
+    kernels.product(x, weight.argument(exact=False), 32, None, out, "float")
+    assert out[0].abs().max() < 1e-30 and torch.isfinite(out[1]).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_weight_with_a_value_that_is_no_number_is_seen(scheme, value):
+    for place in (0, 15, 16, 40, 63):
+        weight = torch.randn(1, 64).bfloat16()
+        weight[0, place] = value
+        found = quantize(weight, scheme)
+        assert not found.fits(), place
+        group = place // scheme.group_size
+        others = found.scales[0, [i for i in range(64 // scheme.group_size) if i != group]]
+        assert torch.isfinite(others).all()
+
+
 def test_int8_keeps_a_weight_within_half_a_step():
     weight = (torch.randn(48, 100) * 0.02).bfloat16()
     step = F.pad(weight.float(), (0, 28)).view(48, 4, 32).abs().amax(2) / 127
