@@ -51,6 +51,11 @@ OPENAI: Mapping[str, str] = {
     "return_logprob": use("logprobs"),
     "top_logprobs_num": use("top_logprobs"),
 }
+CHAT: Mapping[str, str] = {
+    **OPENAI,
+    "functions": use("tools"),  # as this API called them before
+    "function_call": use("tool_choice"),
+}
 COMPLETIONS: Mapping[str, str] = {
     **OPENAI,
     "max_completion_tokens": use("max_tokens"),
