@@ -91,4 +91,6 @@ def asks(name: str, value: Any) -> bool:
     """Whether a value asks for something, rather than spelling out the default."""
     if value is None or value is False or value in NOTHING:
         return False
+    if name == "function_call" and value in ("auto", "none"):  # of functions, which are told apart
+        return False
     return bool(name not in DEFAULTS or value != DEFAULTS[name])

@@ -300,3 +300,8 @@ async def test_a_large_body_is_decoded_beside_the_event_loop(path: str, monkeypa
         gone.set()
         await call.answer()
     assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("value", ["auto", "none", None])
+def test_the_choice_of_no_functions_asks_for_nothing(value: Any) -> None:
+    bodies.refuse_other_names({"function_call": value, "functions": []}, ChatBody)
