@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\ufffd"
 MOST_PIECES = 1 << 14  # whose bytes are at hand
+MOST_HELD = 256  # tokens that are decoded again with each further one; what ends in U+FFFD then is no half character
 
 
 class Decoder(Protocol):
@@ -91,8 +92,8 @@ class WindowDecoder:
 
     def _step(self, id: int) -> str:
         self._window.append(id)
-        text = self._text()
-        return "" if text.endswith(REPLACEMENT) else self._advance(text)
+        text, held = self._text(), len(self._window) - self._sent
+        return "" if text.endswith(REPLACEMENT) and held <= MOST_HELD else self._advance(text)
 
     def _advance(self, text: str) -> str:
         new = text[len(self._sent_text) :]

@@ -110,6 +110,8 @@ class BatchRunner:
         if batch.id in self._work:
             self._work[batch.id].cancel()
         await self._keep(batch)
+        if batch.over:  # its end was being kept already, and comes last
+            await self._keep(batch)
         return answer
 
     def stop(self) -> None:

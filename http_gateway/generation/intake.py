@@ -126,10 +126,7 @@ def check_sum(prompts: Sequence[Generate], rules: Rules) -> None:
         request = prompt.request
         shared = (id(request.params), id(request.logprobs))
         if shared not in sizes:
-            try:
-                sizes[shared] = (values_of(request), len(msgspec.msgpack.encode(request)))
-            except OverflowError as error:
-                raise RequestError(OUT_OF_RANGE) from error
+            sizes[shared] = (values_of(request), encoded_bytes(request))
         own_values, own_size = sizes[shared]
         values += own_values * request.params.n
         size += (own_size + prompt_bytes(prompt)) * request.params.n
@@ -162,8 +159,16 @@ def values_of(request: Request) -> int:
 def prompt_bytes(prompt: Generate) -> int:
     """The bytes that a prompt takes in each request, about."""
     texts = sum(len(text) if text.isascii() else len(text.encode()) for text in (prompt.text, prompt.text_pair) if text)
-    chat = 0 if prompt.chat is None else len(msgspec.msgpack.encode(prompt.chat))
+    chat = 0 if prompt.chat is None else encoded_bytes(prompt.chat)
     return texts + chat + len(prompt.input_ids) + len(prompt.embeds)
+
+
+def encoded_bytes(part: msgspec.Struct) -> int:
+    """The bytes that a part of a request takes on the ring. Raises RequestError for an integer of more than 64 bits."""
+    try:
+        return len(msgspec.msgpack.encode(part))
+    except OverflowError as error:
+        raise RequestError(OUT_OF_RANGE) from error
 
 
 def longest(request: Request, rules: Rules) -> int | None:
@@ -193,6 +198,7 @@ def warming(prompt: Generate) -> Generate:
         params=SamplingParams(max_new_tokens=0),
         adapter=prompt.request.adapter,
         extra_key=prompt.request.extra_key,
+        wanted_rank=prompt.request.wanted_rank,
         priority=prompt.request.priority,
         log_metrics=False,
         truncate=prompt.request.truncate,

@@ -51,6 +51,11 @@ OPENAI: Mapping[str, str] = {
     "return_logprob": use("logprobs"),
     "top_logprobs_num": use("top_logprobs"),
 }
+CHAT: Mapping[str, str] = {
+    **OPENAI,
+    "functions": use("tools"),  # as this API called them before
+    "function_call": use("tool_choice"),
+}
 COMPLETIONS: Mapping[str, str] = {
     **OPENAI,
     "max_completion_tokens": use("max_tokens"),
@@ -85,5 +90,7 @@ MESSAGES: Mapping[str, str] = {
 def asks(name: str, value: Any) -> bool:
     """Whether a value asks for something, rather than spelling out the default."""
     if value is None or value is False or value in NOTHING:
+        return False
+    if name == "function_call" and value in ("auto", "none"):  # of functions, which are told apart
         return False
     return bool(name not in DEFAULTS or value != DEFAULTS[name])

@@ -6,17 +6,20 @@ body    arrives at a least rate, with some seconds in hand; time in which the se
 answer  is read at a least rate: a client that reads nothing for a minute is cut off, and its request ends
 many    requests in one write are parsed a few at a time, as their forerunners are answered
 
-A target in absolute form names the host instead of the Host header (RFC 9112, 3.2.2).
+A target in absolute form names the host instead of the Host header (RFC 9112, 3.2.2). A request that offers another
+protocol is answered in this one.
 """
 
 import asyncio
 import re
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from quartet.http_gateway.http.connection_limit import ConnectionLimit, monitors_only
+from quartet.http_gateway.http.declined_upgrade import has_body, parser_at_body
 from quartet.runtime.limits import BODY_GRACE_S, HEADER_DEADLINE_S, LEAST_BODY_RATE, MAX_HEADER_BYTES, READ_STALL_S
 
 TOO_LARGE = b"431 Request Header Fields Too Large"
@@ -26,6 +29,7 @@ PIECE_BYTES = 1024  # handed to the parser at once, where requests may begin in 
 MOST_PIPELINED = 8  # parsed requests that wait for an earlier one's answer, but for the others of their piece
 LAST_CHANCE_S = 1.0  # for what has come and was not read, because the server itself stood still
 CONTENT_LENGTH = b"content-length"
+INVALID = "Invalid HTTP request received."
 
 
 class Flow(FlowControl):
@@ -71,6 +75,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_head = False
         self._in_body = False
+        self._declines = False  # the parser stops at this head, though a body follows
         self._body_left = 0  # as far as its length was announced
         self._body_bytes = 0
         self._body_began = 0.0
@@ -128,13 +133,33 @@ class BoundedProtocol(HttpToolsProtocol):
         head = self._heads if self._in_head else -1
         body = self._heads if self._in_body else -1
         self._framing_bytes += len(piece)
-        super().data_received(piece)
+        self._hand_over(piece)
         if self._in_head and self._heads == head:
             self._head_bytes += len(piece)
         if not (self._in_body and self._heads == body):
             self._framing_bytes = 0
         if max(self._head_bytes, self._framing_bytes) > MAX_HEADER_BYTES:
             self._refuse(TOO_LARGE)
+
+    def _hand_over(self, piece: bytes) -> None:
+        """Have the parser read a piece. One that stops at the offer of another protocol is led on."""
+        self._unset_keepalive_if_required()
+        try:
+            while piece:
+                try:
+                    self.parser.feed_data(piece)
+                    return
+                except httptools.HttpParserUpgrade as offer:
+                    piece = piece[offer.args[0] :]
+                    if self._declines:
+                        self._declines = False
+                        self.parser = parser_at_body(self, self.headers)
+        except httptools.HttpParserError:
+            self.logger.warning(INVALID)
+            self.send_400_response(INVALID)
+
+    def _should_upgrade(self) -> bool:
+        return False  # there is no other protocol here
 
     def on_message_begin(self) -> None:
         self._connection_limit.set_idle(self, idle=False)
@@ -146,6 +171,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is there: start the clock of the body, and take the host of an absolute target."""
         self._in_head, self._in_body = False, True
+        self._declines = bool(self.parser.should_upgrade()) and has_body(self.headers)
         self._head_bytes = 0
         length = next((value for name, value in self.headers if name == CONTENT_LENGTH), b"")
         self._body_left = int(length) if length.isdigit() else 0
@@ -163,6 +189,9 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        """The request is there, unless the parser only stopped at an offer: then its body is still to come."""
+        if self._declines:
+            return
         self._in_body, self._body_left = False, 0
         self._disarm()
         super().on_message_complete()

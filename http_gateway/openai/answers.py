@@ -12,12 +12,17 @@ class CachedTokens(msgspec.Struct):
     cached_tokens: int
 
 
+class ReasoningTokens(msgspec.Struct):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, kw_only=True):
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int
     prompt_tokens_details: CachedTokens | None = None
     reasoning_tokens: int = 0
+    completion_tokens_details: ReasoningTokens | UnsetType = UNSET  # the same where OpenAI has it; left out without any
 
 
 class Metadata(msgspec.Struct):

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 
 from quartet.http_gateway.generation.intake import NO_BUDGET
 from quartet.http_gateway.native.generate_body import TWO_BUDGETS, pack_prompt_ids, placeholder_request
@@ -45,8 +45,7 @@ class Choosing:
 
 def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
     """Raises RequestError for a choice that cannot be made."""
-    tools, choice = body.tools or [], body.tool_choice
-    check_tool_names(tools)
+    tools, choice = offered(body)
     if choice is None:
         choice = "auto" if tools else "none"
     if choice == "none":
@@ -59,7 +58,7 @@ def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
             return Choosing(tools, None, own)
         untagged = own.untagged and not answers_tool(body.messages)
         return Choosing(tools, tool_calls.strict_calls(own, tools), own, untagged)
-    name = choice.function.name if isinstance(choice, NamedTool) else None
+    name = choice.function.name if isinstance(choice, NamedTool) and choice.function else None
     if name is None and not tools:
         raise RequestError(NO_TOOLS, field="tools")
     if name is not None and name not in tool_calls.names_of(tools):
@@ -70,6 +69,27 @@ def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
     schema = tool_calls.calls_schema(tools, name, parallel)
     demanded = replace(REQUIRED, new_id=own.new_id) if own else REQUIRED
     return Choosing(tools, ("json_schema", schema), demanded)
+
+
+def offered(body: ChatBody) -> tuple[Sequence[Tool], Literal["none", "auto", "required"] | NamedTool | None]:
+    """The tools that the model may call, and the choice among them. Raises RequestError."""
+    tools, choice = body.tools or [], body.tool_choice
+    check_tool_names(tools)
+    if not isinstance(choice, NamedTool):
+        return tools, choice
+    if getattr(choice, choice.type) is None:
+        raise RequestError(
+            f"tool_choice: {choice.type} is required where type is {choice.type!r}.", field="tool_choice"
+        )
+    if choice.allowed_tools is None:
+        return tools, choice
+    by_name = {tool.function.name: tool for tool in tools}
+    names = dict.fromkeys(allowed.function.name for allowed in choice.allowed_tools.tools)
+    if not names:
+        raise RequestError("tool_choice: allowed_tools must name functions.", field="tool_choice")
+    if missing := next((name for name in names if name not in by_name), None):
+        raise RequestError(NO_SUCH_TOOL.format(short(missing)), field="tool_choice")
+    return [by_name[name] for name in names], choice.allowed_tools.mode
 
 
 def check_tool_names(tools: Sequence[Tool]) -> None:

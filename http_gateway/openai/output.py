@@ -5,12 +5,15 @@ from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import NamedTuple
 
+from msgspec import UNSET
+
 from quartet.http_gateway.generation import logprobs
 from quartet.http_gateway.generation.logprobs import Spelt
 from quartet.http_gateway.openai.answers import (
     CachedTokens,
     ChatLogprobs,
     CompletionLogprobs,
+    ReasoningTokens,
     ScoredPosition,
     ScoredToken,
     Usage,
@@ -121,12 +124,14 @@ def usage(states: Sequence[OutputState], copies: int, *, cache_report: bool) -> 
     firsts = states[::copies]
     prompt = sum(state.prompt_tokens for state in firsts)
     completion = sum(state.completion_tokens for state in states)
+    reasoning = sum(state.reasoning_tokens for state in states)
     return Usage(
         prompt_tokens=prompt,
         total_tokens=prompt + completion,
         completion_tokens=completion,
         prompt_tokens_details=CachedTokens(sum(d.cached_tokens for d in firsts)) if cache_report else None,
-        reasoning_tokens=sum(state.reasoning_tokens for state in states),
+        reasoning_tokens=reasoning,
+        completion_tokens_details=ReasoningTokens(reasoning) if reasoning else UNSET,
     )
 
 

@@ -112,15 +112,28 @@ class NamedFunction(msgspec.Struct):
     name: str
 
 
-class NamedTool(msgspec.Struct):
-    """The one tool that must be called."""
-
+class AllowedTool(msgspec.Struct):
     function: NamedFunction
     type: Literal["function"] = "function"
 
 
+class AllowedTools(msgspec.Struct):
+    mode: Literal["auto", "required"]
+    tools: list[AllowedTool]
+
+
+class NamedTool(msgspec.Struct):
+    """The one tool that must be called, or those that may be."""
+
+    function: NamedFunction | None = None
+    type: Literal["function", "allowed_tools"] = "function"
+    allowed_tools: AllowedTools | None = None
+
+
 class ChatBody(GenerationBody, kw_only=True):
     """POST /v1/chat/completions."""
+
+    OF_OTHER_APIS: ClassVar = other_names.CHAT
 
     messages: list[dict[str, Any]]
     max_completion_tokens: Count | None = None  # wins over max_tokens

@@ -115,11 +115,11 @@ def json_literal(text: str) -> str | None:
 
 
 def as_json(read: Callable[[], Any]) -> str | None:
-    """What a reader of literals finds as JSON text, or None where it raises ValueError."""
+    """What a reader finds as JSON text; None where it raises ValueError, or JSON cannot hold what it finds."""
     try:
         found = json.dumps(read(), ensure_ascii=False, allow_nan=False)
         found.encode()  # a lone surrogate has no place on the wire
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, RecursionError):
         return None
     return found
 

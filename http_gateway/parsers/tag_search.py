@@ -25,9 +25,14 @@ def pattern(tags: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def starts(text: str, at: int, ended: bool, *tags: str) -> str | None:
-    """The first tag that begins at `at`, "" where none does, None where more text must tell, unless it has `ended`."""
-    for tag in tags:
-        if tag and text.startswith(tag, at):
-            return tag
+    """The first tag, in their order, that begins at `at`; "" where none does.
+
+    None where more text must tell, unless it has `ended`: whether it is one of them at all, or an earlier, longer one.
+    """
     rest = text[at : at + max(map(len, tags), default=0)]
-    return None if not ended and any(tag.startswith(rest) for tag in tags if tag) else ""
+    for tag in filter(None, tags):
+        if rest.startswith(tag):
+            return tag
+        if not ended and tag.startswith(rest):
+            return None
+    return ""

@@ -128,7 +128,8 @@ def call_rule(calls: CallFormat, frame: Frame, tool: Tool) -> CallRule:
     """How calls of one tool are written."""
     name, parameters = tool.function.name, tool.function.parameters
     properties = parameters.get("properties") if parameters else None
-    raw = [key for key, schema in properties.items() if "string" in kinds_of(schema)] if properties else []
+    declared = properties if isinstance(properties, dict) else {}  # anything else is refused with the grammar
+    raw = [key for key, schema in declared.items() if "string" in kinds_of(schema)]
     return CallRule(
         begin=frame.begin + (json.dumps(name, ensure_ascii=False) if frame.quoted else name),
         middle=frame.middle,

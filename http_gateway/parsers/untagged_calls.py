@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from quartet.http_gateway.parsers.json_calls import ARGUMENTS, JsonCall
+from quartet.http_gateway.parsers.pythonic_calls import as_json
 from quartet.http_gateway.parsers.tag_search import blanks_end
 from quartet.http_gateway.parsers.tagged_calls import kinds_of
 from quartet.http_gateway.parsers.tool_events import CALL, Call, CallStart, Content, Event, Events
@@ -137,7 +138,8 @@ def call_of(given: Any, known: Collection[str], schemas: Mapping[str, Any]) -> C
     arguments = next((given[key] for key in ARGUMENTS if key in given), None)
     if name not in known or not isinstance(arguments, dict) or not fits(arguments, schemas.get(name)):
         return None
-    return Call(name, json.dumps(arguments, ensure_ascii=False))
+    text = as_json(lambda: arguments)  # Python reads more than JSON has: NaN, numbers without end, half characters
+    return None if text is None else Call(name, text)
 
 
 def fits(arguments: Mapping[str, Any], schema: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -155,8 +156,11 @@ def unauthorized(message: str, own_shape: errors.Shape | None = None) -> Respons
 
 
 async def read_body(http: Request, size: int | None = None) -> bytes:
-    """The whole body. Raises RequestError (413, naming the limit) when it is beyond the route's limits or `size`."""
-    return b"".join([part async for part in body_parts(http, size)])
+    """The whole body, without the byte order mark that some clients put before their JSON.
+
+    Raises RequestError (413, naming the limit) when it is beyond the route's limits or `size`.
+    """
+    return b"".join([part async for part in body_parts(http, size)]).removeprefix(BOM_UTF8)
 
 
 async def body_parts(http: Request, size: int | None = None) -> AsyncIterator[bytes]:

@@ -6,7 +6,7 @@ optional ones or not, each value by its own schema. Every function raises ValueE
 
 import json
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from llguidance import LLMatcher
@@ -177,10 +177,11 @@ class Demanded:
 
 def only(parameter: Parameter, kinds: Collection[str]) -> Parameter:
     """The parameter with those of its values that have one of these types."""
-    whole = {key: parameter.schema[key] for key in ("$defs", "x-guidance") if key in parameter.schema}
+    whole: dict[str, Any] = {key: parameter.schema[key] for key in ("$defs", "x-guidance") if key in parameter.schema}
     rest = {key: value for key, value in parameter.schema.items() if key not in whole}
-    if rest.get("type") in kinds:
-        return parameter
+    given = rest.get("type", ())
+    if left := [kind for kind in ([given] if isinstance(given, str) else given) if kind in kinds]:
+        return parameter._replace(schema={**rest, "type": left, **whole})
     return parameter._replace(schema=whole | {"allOf": [rest, {"type": sorted(kinds)}]})
 
 

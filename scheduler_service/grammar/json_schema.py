@@ -18,9 +18,10 @@ MAX_DEPTH = 96
 # Other formats do not constrain.
 FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"))
 NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-COPIED = frozenset(
-    ("type", "enum", "const", "pattern", "minLength", "maxLength", *NUMBERS, "minItems", "maxItems", "required")
-)
+COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
+BOUNDS = (*COUNTS, *NUMBERS)
+COPIED = frozenset(("type", "enum", "const", "pattern", *BOUNDS, "required"))
+UNSET = (*BOUNDS, "required", "properties", "patternProperties")  # where they are null: some clients write all keywords
 OBJECT_KEYWORDS = ("properties", "patternProperties", "additionalProperties", "required")
 BRANCHES = ("anyOf", "oneOf")
 
@@ -108,9 +109,11 @@ class Normalizer:
         refuse_unsupported(node)
         if is_reference_alone(node):
             return {"$ref": self._definition(self._references.target(location, node["$ref"]), around)}
-        out = {key: value for key, value in node.items() if key in COPIED}
+        out = {key: value for key, value in node.items() if key in COPIED and not (value is None and key in UNSET)}
+        out |= {key: whole(out[key]) for key in COUNTS if key in out}
         convert_exclusive_bounds(node, out)
-        if node.get("format") in FORMATS and may_be("string", node):
+        refuse_wrong_types(out)
+        if is_text(node.get("format")) and node["format"] in FORMATS and may_be("string", node):
             out["format"] = node["format"]
         self._items(location, out, depth)
         self._keys(location, out, depth)
@@ -144,14 +147,14 @@ class Normalizer:
                 self._schema(location.inner(item), Declared(), depth + 1)
                 for item in expect(list, prefix, "prefixItems")
             ]
-            if rest is None and node.get("minItems", 0) <= len(prefix):
+            if rest is None and out.get("minItems", 0) <= len(prefix):
                 rest = False
         if rest is not None:
             out["items"] = self._schema(location.inner(rest), Declared(), depth + 1)
 
     def _keys(self, location: Location, out: Node, depth: int) -> None:
         for keyword in ("properties", "patternProperties"):
-            if keyword in location.node:
+            if location.node.get(keyword) is not None:
                 given = expect(dict, location.node[keyword], keyword)
                 out[keyword] = {
                     key: self._schema(location.inner(value), Declared(), depth + 1) for key, value in given.items()
@@ -203,11 +206,12 @@ class Normalizer:
         if known is not None:
             return known
         self._declared[id(node)] = Declared()  # while it is computed, for a schema that contains itself
-        properties = expect(dict, node.get("properties", {}), "properties")
+        given = {key: value for key, value in node.items() if not (value is None and key in UNSET)}
+        properties = expect(dict, given.get("properties", {}), "properties")
         found = Declared(
-            frozenset(properties) | frozenset(filter(is_text, expect(list, node.get("required", []), "required"))),
-            frozenset(expect(dict, node.get("patternProperties", {}), "patternProperties")),
-            "properties" in node or "patternProperties" in node,
+            frozenset(properties) | frozenset(filter(is_text, expect(list, given.get("required", []), "required"))),
+            frozenset(expect(dict, given.get("patternProperties", {}), "patternProperties")),
+            "properties" in given or "patternProperties" in given,
             "additionalProperties" in node or node.get("unevaluatedProperties", False) is not False,
         )
         for part in self._all_of(location):
@@ -252,6 +256,13 @@ def refuse_unsupported(node: Node) -> None:
         raise ValueError("the keyword unevaluatedProperties with a schema is not supported beside combinations")
 
 
+def refuse_wrong_types(out: Node) -> None:
+    """Raise ValueError for a keyword whose value is of a type that it cannot have, where we look at the value."""
+    for keyword, (fits, kind) in WELL_FORMED.items():
+        if keyword in out and not fits(out[keyword]):
+            raise ValueError(f"{keyword} must be {kind}")
+
+
 def combined(node: Node) -> bool:
     return any(key in node for key in ("allOf", "anyOf", "oneOf", "$ref"))
 
@@ -283,7 +294,7 @@ def convert_exclusive_bounds(node: Node, out: Node) -> None:
 
 def add_key_counts(node: Node, out: Node) -> None:
     """`minProperties` and `maxProperties`, unless the declared keys imply them."""
-    least, most = node.get("minProperties"), node.get("maxProperties")
+    least, most = whole(node.get("minProperties")), whole(node.get("maxProperties"))
     if least is not None and not (isinstance(least, int) and least <= len(out.get("required", []))):
         out["minProperties"] = least
     closed = out.get("additionalProperties") is False and not out.get("patternProperties")
@@ -296,8 +307,32 @@ def may_be(kind: str, node: Node) -> bool:
     return kind in kinds if isinstance(kinds, list) else kinds == kind
 
 
+def whole(value: Any) -> Any:
+    """A count as the engine takes it: 2.0 is 2, as in JSON schemas, and some clients write every number so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_text, value))
+
+
+# Keywords whose values are read here or where calls are written between tags: what fits, in words.
+WELL_FORMED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "type": (lambda value: is_text(value) or are_texts(value), "a string or a list of strings"),
+    "enum": (lambda value: isinstance(value, list), "a list"),
+    "required": (are_texts, "a list of strings"),
+    "minItems": (is_number, "a whole number, 0 or more"),
+    **dict.fromkeys(NUMBERS, (is_number, "a number")),
+    "multipleOf": (lambda value: is_number(value) and value > 0, "a number above 0"),
+}
 
 
 def expect(kind: type[Any], value: Any, keyword: str) -> Any:

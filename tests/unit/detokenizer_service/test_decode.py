@@ -1,13 +1,14 @@
 """Incremental decoding against decoding the whole."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from quartet.detokenizer_service.decode import Vocabulary
+from quartet.detokenizer_service.decode import MOST_HELD, Vocabulary
 from quartet.detokenizer_service.spelling import spelling_of
 from tests.tokenizers_to_try import KINDS, LINES
 
@@ -122,6 +123,16 @@ def test_a_character_begun_by_the_prompt_is_the_outputs() -> None:
 def test_byte_fallback_keeps_whole_characters_sent_before_a_fault() -> None:
     ids = [KINDS["byte fallback"]().token_to_id(token) for token in ("<0x0A>", "<0xFF>")]
     assert deltas("byte fallback", ids) == ["\n", REPLACEMENT, ""]
+
+
+def test_a_token_that_is_a_replacement_character_holds_no_more_than_some_text_back() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, REPLACEMENT: 1}, unk_token="a"))
+    decoder = Vocabulary(tokenizer).decoder()
+    pieces = [decoder.feed([1]) for _ in range(3 * MOST_HELD)]
+    assert max(at - before for before, at in pairwise([0, *(at for at, piece in enumerate(pieces) if piece)])) <= (
+        MOST_HELD + 1
+    )
+    assert "".join(pieces) + decoder.flush() == tokenizer.decode([1] * 3 * MOST_HELD)
 
 
 def test_a_newline_byte_token_is_sent_at_once() -> None:

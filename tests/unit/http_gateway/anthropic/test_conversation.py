@@ -213,7 +213,10 @@ def test_mcp_servers_are_refused() -> None:
         ({"type": "auto"}, "auto"),
         ({"type": "any"}, "required"),
         ({"type": "none"}, "none"),
-        ({"type": "tool", "name": "weather"}, {"function": {"name": "weather"}, "type": "function"}),
+        (
+            {"type": "tool", "name": "weather"},
+            {"function": {"name": "weather"}, "type": "function", "allowed_tools": None},
+        ),
     ],
 )
 def test_tool_choices(choice: Any, read: Any) -> None:

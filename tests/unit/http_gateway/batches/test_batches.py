@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -289,6 +290,30 @@ async def test_a_cancelled_batch_keeps_what_was_answered_and_aborts_what_runs():
         assert len(await content(server, batch["output_file_id"])) == 2
         assert len(await server.ring.sent_of(Abort)) == 4
         assert (await server.client.post(f"/v1/batches/{batch_id}/cancel")).status == 409
+
+
+@asynchronous
+async def test_a_batch_that_is_cancelled_while_its_end_is_being_kept_has_that_end():
+    async with served() as server:
+        store, keeps_end, go_on = server.gateway.files, threading.Event(), threading.Event()
+        put = store.put_batch
+
+        def put_slowly(batch_id: str, data: bytes, over: bool, *made: Any) -> None:
+            if over:
+                keeps_end.set()
+                go_on.wait()
+            put(batch_id, data, over, *made)
+
+        store.put_batch, store.reserve = put_slowly, lambda batch_id, size: False
+        batch_id = await begin(server, lines(1))
+        await asyncio.to_thread(keeps_end.wait)
+        cancelled = server.client.start("POST", f"/v1/batches/{batch_id}/cancel")
+        while store._thread._work_queue.empty():  # what the cancellation keeps waits behind the end
+            await asyncio.sleep(0.01)
+        go_on.set()
+        assert (await cancelled.answer()).status == 200
+        assert (await get(server, batch_id))["status"] == "failed"
+        assert store.batches(unfinished=True) == []
 
 
 @asynchronous

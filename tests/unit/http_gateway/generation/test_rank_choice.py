@@ -5,7 +5,7 @@ import pytest
 from quartet.http_gateway.generation.intake import Job, Rules
 from quartet.http_gateway.generation.rank_choice import apply_header, chosen_rank
 from quartet.http_gateway.generation.resumed import read_resumed
-from quartet.http_gateway.native.generate_body import GenerateBody
+from quartet.http_gateway.native.generate_body import GenerateBody, to_job
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Request, pack_ids
 from quartet.runtime.sampling import SamplingParams
@@ -38,6 +38,12 @@ def test_the_header_is_for_requests_that_have_chosen_nothing():
     for wrong in (b"4", b"-1", b"one", b"9" * 5000):
         with pytest.raises(RequestError, match="X-Data-Parallel-Rank"):
             apply_header([(b"x-data-parallel-rank", wrong)], Job(), 4)
+
+
+def test_the_prompt_of_copies_is_computed_where_they_are():
+    body = GenerateBody(text="a", sampling_params={"n": 2}, data_parallel_rank=1)
+    job, _ = to_job(body, Rules(vocab_size=100, hidden_size=4, schedulers=2))
+    assert [item.request.wanted_rank for item in [*job.warm, *job.requests]] == [1, 1, 1]
 
 
 def test_output_that_a_client_has_is_packed():

@@ -143,3 +143,18 @@ async def test_an_integer_that_no_message_can_hold_is_refused() -> None:
         assert answer.status == 400
         assert "A number in the request is out of range." in answer.text
         assert not server.ring.sent
+
+
+@pytest.mark.parametrize("field", ["tools", "chat_template_kwargs"])
+@asynchronous
+async def test_an_integer_in_a_conversation_that_no_message_can_hold_is_refused_for_copies_too(field: str) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 1 << 64}}}
+    given: dict[str, Any] = {
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}],
+        "chat_template_kwargs": {"a": 1 << 64},
+    }
+    async with served() as server:
+        body = {"messages": [{"role": "user", "content": "a"}], "n": 2, field: given[field]}
+        answer = await server.client.post("/v1/chat/completions", body)
+        assert (answer.status, answer.json()["message"]) == (400, "A number in the request is out of range.")
+        assert not server.ring.sent

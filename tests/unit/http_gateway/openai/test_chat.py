@@ -302,6 +302,25 @@ async def test_demanded_calls_are_constrained_and_read_without_a_parser(choice: 
         assert told["finish_reason"] == "tool_calls" and told["message"]["content"] is None
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+@asynchronous
+async def test_allowed_tools_are_all_that_the_model_sees_and_may_call() -> None:
+    async with served(says('[{"name": "other", ', '"parameters": {"a": 1}}]')) as server:
+        await ask(server, tools=[WEATHER, OTHER], tool_choice=allowed("auto", "other"))
+        chat = generate_of(server).chat
+        assert chat is not None and [tool["function"]["name"] for tool in chat.tools or ()] == ["other"]
+        assert generate_of(server).request.params.grammar is None
+        server.ring.sent.clear()
+        await ask(server, tools=[WEATHER, OTHER], tool_choice=allowed("required", "other", "weather", "other"))
+        schema = json.loads(generate_of(server).request.params.json_schema or "")
+        names = [call["properties"]["name"]["const"] for call in schema["items"]["anyOf"]]
+        assert names == ["other", "weather"]
+
+
 @asynchronous
 async def test_calls_one_at_a_time() -> None:
     async with served(says("[]")) as server:
@@ -425,6 +444,7 @@ async def test_the_thought_is_told_apart() -> None:
         message = body["choices"][0]["message"]
         assert (message["reasoning_content"], message["content"]) == ("Well then.", "Paris.")
         assert 2 <= body["usage"]["reasoning_tokens"] < 4
+        assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": body["usage"]["reasoning_tokens"]}
         chunks = await chunks_of(server)
         assert joined(chunks, "reasoning_content") == "Well then." and joined(chunks, "content") == "Paris."
 
@@ -632,6 +652,10 @@ async def test_thought_and_calls_together() -> None:
         ({"messages": []}, "Messages cannot be empty."),
         ({"tool_choice": "required"}, "Tools cannot be empty if tool choice is set to required."),
         ({"tools": [WEATHER], "tool_choice": {"function": {"name": "x"}}}, "Tool 'x' not found in tools list."),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "function is required"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "allowed_tools is required"),
+        ({"tools": [WEATHER], "tool_choice": allowed("auto")}, "allowed_tools must name functions"),
+        ({"tools": [WEATHER], "tool_choice": allowed("auto", "x")}, "Tool 'x' not found in tools list."),
         ({"tools": [WEATHER, WEATHER]}, "tools: 2 tools have the name 'weather'."),
         ({"tools": [WEATHER, WEATHER], "tool_choice": "none"}, "tools: 2 tools have the name 'weather'."),
         ({"max_completion_tokens": 513}, "max_completion_tokens is too large: 513.This model supports at most 512"),

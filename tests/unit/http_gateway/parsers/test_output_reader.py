@@ -8,7 +8,7 @@ import pytest
 
 from quartet.http_gateway.parsers.call_formats import FORMATS, REQUIRED
 from quartet.http_gateway.parsers.output_reader import OutputReader
-from quartet.http_gateway.parsers.thoughts import QWEN3, Marks
+from quartet.http_gateway.parsers.thoughts import BRACKETS, QWEN3, Marks
 from quartet.http_gateway.parsers.tool_events import collect
 
 KNOWN = ["f", "get_weather"]
@@ -123,6 +123,13 @@ def test_a_call_in_a_thought_is_a_part_of_the_thought_whether_that_is_closed_or_
         assert closed == ("No.", [], f"I {call} so")
         cut = read(OutputReader(Marks(), place, FORMATS["hermes"], KNOWN), f"{opening}I {call} so", step)
         assert cut == ("", [], f"I {call} so")
+
+
+@pytest.mark.parametrize("calls", [REQUIRED, FORMATS["pythonic"], FORMATS["json"]])
+def test_a_thought_is_found_however_its_tag_is_cut_though_calls_begin_with_its_first_character(calls):
+    for step in (1, 3, 1000):
+        whole = read(OutputReader(BRACKETS, "before", calls, KNOWN), "[THINK]I may.[/THINK]No.", step)
+        assert whole == ("No.", [], "I may."), step
 
 
 def test_thoughts_and_calls_take_turns():

@@ -1,6 +1,7 @@
 """What a body may hold besides the fields that are served: nothing misspelt, and no bytes that are not UTF-8."""
 
 import asyncio
+import codecs
 import threading
 from typing import Any
 
@@ -73,6 +74,16 @@ def test_a_command_is_not_carried_out_on_everything_for_want_of_a_letter() -> No
 )
 def test_fields_of_other_servers_are_no_misspellings(kind: type) -> None:
     bodies.refuse_misspelt([name for name in FOREIGN.split() if name not in bodies.names_of(kind)], kind)
+
+
+@asynchronous
+async def test_a_byte_order_mark_before_a_body_is_no_part_of_it() -> None:
+    async with served(says("x")) as server:
+        for path, body in (("/v1/chat/completions", CHAT), ("/generate", {"text": "a"})):
+            answer = await server.client.post(path, codecs.BOM_UTF8 + msgspec.json.encode(body))
+            assert answer.status == 200, answer.text
+        twice = await server.client.post("/generate", 2 * codecs.BOM_UTF8 + b'{"text": "a"}')
+        assert twice.status == 400
 
 
 @pytest.mark.parametrize("kind", [e.body for e in ENDPOINTS if e.body is not None])
@@ -148,6 +159,8 @@ ROUTES: dict[str, dict[str, Any]] = {
         ("/v1/chat/completions", "return_logprob", True, "use `logprobs`"),
         ("/v1/chat/completions", "stream_interval", 5, "/generate has it, this endpoint has not"),
         ("/v1/chat/completions", "sampling_params", {"n": 2}, "put its fields beside `model`, under the names of this"),
+        ("/v1/chat/completions", "functions", [{"name": "f"}], "use `tools`"),
+        ("/v1/chat/completions", "function_call", {"name": "f"}, "use `tool_choice`"),
         ("/v1/responses", "max_tokens", 5, "use `max_output_tokens`"),
         ("/v1/responses", "seed", 5, "/v1/chat/completions has it, this endpoint has not"),
         ("/v1/messages", "max_new_tokens", 5, "use `max_tokens`"),
@@ -287,3 +300,8 @@ async def test_a_large_body_is_decoded_beside_the_event_loop(path: str, monkeypa
         gone.set()
         await call.answer()
     assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("value", ["auto", "none", None])
+def test_the_choice_of_no_functions_asks_for_nothing(value: Any) -> None:
+    bodies.refuse_other_names({"function_call": value, "functions": []}, ChatBody)

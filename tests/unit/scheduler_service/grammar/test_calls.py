@@ -263,6 +263,14 @@ def test_without_a_strict_tool_or_a_tag_before_calls_nothing_is_constrained():
         ("glm45", {"properties": {"a": {"type": "object", "patternProperties": {r"\x3C": {}}}}}, "the pattern"),
         ("glm45", {"properties": {"a": {"type": "object", "patternProperties": {r"\p{Sm}": {}}}}}, "the pattern"),
         ("minimax-m2", {"anyOf": [{"properties": {"a": {"type": "string"}}}] * 40}, "more than 32"),
+        ("hermes", {"properties": ["a"]}, "properties must be an object"),
+        ("qwen3_coder", {"properties": "a"}, "properties must be an object"),
+        ("qwen3_coder", {"properties": {"a": {"type": 5}}}, "type must be a string or a list of strings"),
+        ("qwen3_coder", {"properties": {"a": {"enum": "a"}}}, "enum must be a list"),
+        ("qwen3_coder", {"properties": {"a": {"enum": ["a", 1], "minimum": "0"}}}, "minimum must be a number"),
+        ("qwen3_coder", {"properties": {"a": {"enum": ["a", 1], "multipleOf": 0}}}, "multipleOf must be a number"),
+        ("qwen3_coder", {"required": [1]}, "required must be a list of strings"),
+        ("glm45", {"additionalProperties": {"type": 5}}, "type must be a string"),
     ],
 )
 def test_parameters_that_cannot_be_written_are_a_400(name, parameters, message, walker):
@@ -370,6 +378,29 @@ def test_text_between_tags_is_a_value_of_one_of_the_alternatives(name, schema, v
         assert json.loads(read.arguments) == {"a": value}
     for text in refused:
         assert not walker.takes(grammar, written_as(name, text)), text
+
+
+@pytest.mark.parametrize(
+    ("kinds", "values", "refused"),
+    [
+        (["string", "null"], {'string="true">x': "x", 'string="false">null': None}, ['string="false">3']),
+        (["string"], {'string="true">null': "null"}, ['string="false">null', 'string="false">"x"']),
+        (["string", "integer"], {'string="true">4': "4", 'string="false">4': 4}, ['string="false">null']),
+        (["integer", "null"], {'string="false">4': 4, 'string="false">null': None}, ['string="true">x']),
+    ],
+)
+def test_a_list_of_types_says_which_values_are_text_and_which_are_json(kinds, values, refused, walker):
+    form = FORMATS["deepseekv32"]
+    parameters = {"type": "object", "properties": {"a": {"type": kinds}}, "required": ["a"]}
+    tools = [Tool(Function("f", parameters=parameters))]
+    grammar = demanded_calls(form, tools, None, parallel=False)
+    for written, value in values.items():
+        call = CALLS["deepseekv32"].replace('string="true">x', written)
+        assert walker.takes(grammar, call), call
+        [read] = parse(form, tools, call).calls
+        assert json.loads(read.arguments) == {"a": value}
+    for written in refused:
+        assert not walker.takes(grammar, CALLS["deepseekv32"].replace('string="true">x', written)), written
 
 
 def ordinary_tools(count):

@@ -263,11 +263,38 @@ def test_what_would_constrain_and_cannot_be_had_is_refused_by_its_name(keyword):
         ({"anyOf": {}}, "anyOf must be a list"),
         ({"required": "a"}, "required must be a list"),
         ({"prefixItems": {}}, "prefixItems must be a list"),
+        ({"prefixItems": [{}], "minItems": "1"}, "minItems must be a whole number"),
+        ({"required": ["a", 1]}, "required must be a list of strings"),
+        ({"type": ["string", 1]}, "type must be a string or a list of strings"),
+        ({"type": None}, "type must be a string or a list of strings"),
+        ({"enum": None}, "enum must be a list"),
+        ({"type": "number", "minimum": "0"}, "minimum must be a number"),
+        ({"type": "number", "multipleOf": 0}, "multipleOf must be a number above 0"),
     ],
 )
 def test_a_schema_that_is_none_is_refused(schema, message):
     with pytest.raises(ValueError, match=message):
         compiled(schema)
+
+
+def test_a_count_may_be_written_as_a_number_with_a_point():
+    array = {"type": "array", "items": {"type": "string", "minLength": 1.0, "maxLength": 2.0}, "maxItems": 2.0}
+    assert takes(array, ["a", "bc"])
+    assert not any(takes(array, value) for value in ([""], ["abc"], ["a", "b", "c"]))
+    assert takes({"type": "object", "properties": {"a": INTEGER}, "maxProperties": 1.0}, {"a": 1})
+    for wrong in ({"type": "string", "minLength": 1.5}, {"type": "array", "minItems": -1.0}):
+        with pytest.raises(ValueError, match="Expected positive integer"):
+            compiled(wrong)
+
+
+def test_keywords_that_are_null_and_a_format_that_is_no_text_constrain_nothing():
+    assert takes({"type": "number", "minimum": None, "multipleOf": None}, -1.5)
+    assert takes({"type": "string", "minLength": None, "maxLength": None, "format": []}, "abc")
+    assert takes({"type": "array", "prefixItems": [INTEGER], "minItems": None}, [1])
+    assert takes({"type": "object", "properties": None, "required": None}, {"a": 1})
+    nothing_required = {"type": "object", "properties": {"a": INTEGER}, "required": None}
+    assert takes(nothing_required, {}) and takes(nothing_required, {"a": 1})
+    assert not takes(nothing_required, {"b": 1})
 
 
 LEAVES = st.sampled_from(
