@@ -158,7 +158,7 @@ class LeadingUpdates(Updates):
         if command.group_name in self.groups:
             raise failed_to_join(f"the group {short(command.group_name)} exists already")
         try:
-            self.followers.together(JoinGroup(command), partial(super().join_group, command))
+            self.followers.meet(JoinGroup(command), partial(super().join_group, command))
         except CommandRefused:
             self.leave_group(command.group_name)
             raise
@@ -166,7 +166,7 @@ class LeadingUpdates(Updates):
     def leave_group(self, name: str) -> None:
         """See Updates.leave_group."""
         own = partial(super().leave_group, name) if name in self.groups else lambda: None
-        self.followers.together(LeaveGroup(name), own)
+        self.followers.meet(LeaveGroup(name), own)
 
 
 class LeadingInspection(Inspection):

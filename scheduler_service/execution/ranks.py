@@ -40,6 +40,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     Answer,
     Channel,
     Logits,
+    Meeting,
     Message,
     Pool,
     Start,
@@ -57,6 +58,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MODULE = "quartet.scheduler_service.follower"
+LOOK_S = 0.01  # whether ranks have met a trainer
 OWN_WORDS_S = 2.0  # rank 0 has the same cause to refuse a start as the others, and says it itself
 
 
@@ -67,12 +69,14 @@ class Followers:
         """`channels`: of ranks 1, 2, ..."""
         self.parallel = parallel
         self.channels = channels
-        self._asking = Turn()
+        self._asking = Turn()  # to receive
+        self._meeting = threading.Lock()
         self._reports: deque[TierReport] = deque()  # that came while an answer was waited for
+        self._met: list[deque[Answer]] = [deque() for _ in channels]  # likewise, of meetings
 
     @property
     def busy(self) -> bool:
-        """Whether they are asked something and have not all answered."""
+        """Whether they are asked something and have not all answered; meetings do not count."""
         return self._asking.taken
 
     def tell(self, message: Message) -> None:
@@ -82,27 +86,39 @@ class Followers:
 
     def answers(self) -> list[Answer]:
         """Wait for what came of a task, from each. Raises ConnectionError when one has ended."""
-        return [self._answer_of(channel) for channel in self.channels]
+        return [self._answer_of(number) for number in range(len(self.channels))]
 
-    def _answer_of(self, channel: Channel) -> Answer:
-        while not isinstance(found := channel.receive(), Answer):
-            if not isinstance(found, TierReport):
+    def _answer_of(self, number: int) -> Answer:
+        while True:
+            found = self.channels[number].receive()
+            if isinstance(found, Answer) and not found.of_meeting:
+                return found
+            self._put_by(number, found)
+
+    def _put_by(self, number: int, found: Message | None) -> None:
+        """Keep what somebody else waits for."""
+        match found:
+            case TierReport():
+                self._reports.append(found)
+            case Answer(of_meeting=True):
+                self._met[number].append(found)
+            case _:
                 raise ConnectionError("a rank has ended")
-            self._reports.append(found)
-        return found
+
+    def _look(self) -> None:
+        """Take what has come; not while somebody waits for an answer, who takes that too."""
+        if not self._asking.take(wait=False):
+            return
+        try:
+            for number, channel in enumerate(self.channels):
+                while channel.waits(0):
+                    self._put_by(number, channel.receive())
+        finally:
+            self._asking.leave()
 
     def reports(self) -> Iterator[TierReport]:
         """What the others have reported by now. Raises ConnectionError when one has ended."""
-        if self._asking.take(wait=False):  # else whoever waits for an answer takes them
-            try:
-                for channel in self.channels:
-                    while channel.waits(0):
-                        found = channel.receive()
-                        if not isinstance(found, TierReport):
-                            raise ConnectionError("a rank has ended")
-                        self._reports.append(found)
-            finally:
-                self._asking.leave()
+        self._look()
         while self._reports:
             yield self._reports.popleft()
 
@@ -117,10 +133,31 @@ class Followers:
                 result = own()
             finally:
                 answers = self.answers()
-        for rank, answer in enumerate(answers, 1):
-            if answer.refusal:
-                raise CommandRefused(f"{answer.refusal} (rank {rank})", answer.status)
-        return result, [answer.value for answer in answers]
+        return result, agreed_values(answers)
+
+    def meet(self, task: Meeting, own: Callable[[], None]) -> None:
+        """Have all ranks meet a trainer, who may let them wait: beside what else they are asked; one at a time.
+
+        Raises as `together` does. Runs in the background.
+        """
+        with self._meeting:
+            self.tell(task)
+            try:
+                own()
+            finally:
+                while not all(self._met):
+                    time.sleep(LOOK_S)
+                    self._look()
+                answers = [answers.popleft() for answers in self._met]
+        agreed_values(answers)
+
+
+def agreed_values(answers: Sequence[Answer]) -> list[Any]:
+    """What came of a task, by rank. Raises CommandRefused where one has refused it."""
+    for rank, answer in enumerate(answers, 1):
+        if answer.refusal:
+            raise CommandRefused(f"{answer.refusal} (rank {rank})", answer.status)
+    return [answer.value for answer in answers]
 
 
 def parallel_of(config: ResolvedConfig, rank: int) -> Parallel:

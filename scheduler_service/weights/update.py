@@ -92,6 +92,7 @@ class Updates:
         self.inspection = Inspection(live)
         self.session: Session | None = None
         self.groups: dict[str, torch.distributed.ProcessGroup] = {}
+        self.joining: set[str] = set()  # names of groups that wait for their trainer
         self.lost: set[str] = set()  # tensors whose values were lost when their memory was released
         self.commands: deque[object] = deque()  # those that need the weights for themselves, in order; the first runs
         self.committed = Committed(
@@ -234,9 +235,8 @@ class Updates:
         """A function that collects the tensors a trainer is about to broadcast. Raises CommandRefused for misfits."""
         group = self.groups.get(command.group_name)
         if group is None:
-            raise CommandRefused(
-                ONLINE_FAILED.format(f"there is no group {short(command.group_name)}; initialize it first")
-            )
+            reason = f"there is no group {short(command.group_name)}; initialize it first"
+            raise CommandRefused(ONLINE_FAILED.format(reason))
         if command.load_format not in BROADCAST_FORMATS:
             raise CommandRefused(ONLINE_FAILED.format(f"load_format {short(command.load_format)} is not supported"))
         with refused_as(ONLINE_FAILED):
