@@ -14,7 +14,6 @@ from quartet.runtime.errors import CommandRefused, Kind, RequestError, StartupEr
 from quartet.runtime.messages import Request, Tokenized
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.grammar.matchers import Grammar
-from quartet.scheduler_service.host.background import READING_SLICE_S, run_in_background
 
 if TYPE_CHECKING:  # it loads torch; the object comes with the scheduler
     from quartet.scheduler_service.execution.adapters import AdapterStore, Known, Read
@@ -195,7 +194,7 @@ class AdapterQueue:
         try:
             if reading is None or reading.known is not known:  # for another one, or it was replaced meanwhile
                 self._abandon_reading()
-                reading = self._reading = Reading(known, run_in_background(lambda: read(store, known), READING_SLICE_S))
+                reading = self._reading = Reading(known, store.in_background(lambda: read(store, known)))
                 next(reading.work)
             elif reading.found is None:
                 reading.work.send(self._planner.prefills_next)

@@ -31,7 +31,6 @@ from quartet.runtime.shorten import short
 from quartet.scheduler_service.control.agreement import agreed
 from quartet.scheduler_service.control.context import Context, Handler, Resumable
 from quartet.scheduler_service.control.weights import exclusive
-from quartet.scheduler_service.host.background import READING_SLICE_S, run_in_background
 from quartet.scheduler_service.weights import wire
 from quartet.scheduler_service.weights.adapters import check_count, most_tensors
 from quartet.scheduler_service.weights.parameters import Layout
@@ -135,7 +134,7 @@ def load_by(context: Context, command: Load, path: str, read: Reader, owned: boo
         yield
     check_name(store, command)
     try:
-        directory, found = yield from run_in_background(lambda: refusing(name, read), READING_SLICE_S)
+        directory, found = yield from store.in_background(lambda: refusing(name, read))
         try:
             check_name(store, command)
             if name not in store.known or (command.pinned and name not in store.loaded):  # else it needs no memory now

@@ -12,7 +12,7 @@ import itertools
 import logging
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from quartet.runtime.adapters import Adapter, LoadAdapterFromDistributed
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.scheduler_service.core.plan import Plan
-from quartet.scheduler_service.host.background import yield_point
+from quartet.scheduler_service.host.background import READING_SLICE_S, run_in_background, yield_point
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.cpu_backend import CpuBackend
 from quartet.scheduler_service.model.decoder import Decoder
@@ -39,6 +39,8 @@ from quartet.scheduler_service.weights.distributed import Groups, receive_adapte
 from quartet.scheduler_service.weights.file_identity import FileIdentity
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 RECORD = "adapters.json"
 NOT_ON_THIS_MODEL = (
@@ -144,6 +146,10 @@ class AdapterStore(ABC):
         with torch.inference_mode(), one_thread():
             tensors = read_adapter(directory, self.layout, self.dtype, config.max_lora_rank, config.lora_target_modules)
             return Read(tensors.rank, identity, self.pack(tensors))
+
+    def in_background(self, work: Callable[[], Result]) -> Generator[None, bool | None, Result]:
+        """Read in the background: see `run_in_background`."""
+        return run_in_background(work, READING_SLICE_S)
 
     @abstractmethod
     def pack(self, tensors: AdapterTensors) -> Any:

@@ -170,6 +170,7 @@ class VirtualPart:
         self.ready: list[Written | Brought] = []
         self.dead = False  # its process has ended
         self._agenda, self._random, self._serves = agenda, random, serves
+        self.suffixes: tuple[str, ...] = ("",)  # what adapters may add to the label of the weights
         self._jobs: deque[Callable[[], None]] = deque()  # of the writer, in order
 
     @property
@@ -219,6 +220,7 @@ class VirtualPart:
         for key in keys:
             block = brought[key] if key in brought else self.memory[key]
             self._check(block, "comes back")
+            assert len(set(block[1])) == 1, "KV of two adapters comes back"
             tokens += block[0]
             marks += block[1]
         return tokens, marks
@@ -240,7 +242,8 @@ class VirtualPart:
                 self._later(lambda: self.disk.blocks.pop(key, None))
 
     def _check(self, content: Content, what: str) -> None:
-        assert set(content[1]) == {mark_of(self._serves())}, f"KV of other weights {what}"
+        right = {mark_of(self._serves() + suffix) for suffix in self.suffixes}
+        assert right.issuperset(content[1]), f"KV of other weights {what}"
 
     def _later(self, job: Callable[[], object]) -> None:
         self._jobs.append(lambda: void(job()))

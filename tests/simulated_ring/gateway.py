@@ -16,8 +16,8 @@ from quartet.runtime.messages import Message, Reply, Text
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.sockets import decode, encode
 from tests.configs import resolved
-from tests.simulated_ring.checks import hold
 from tests.simulated_ring.clock import Agenda, TurnLoop
+from tests.simulated_ring.faults import hold
 from tests.simulated_ring.load import VOCAB_SIZE, Call, Operator
 from tests.simulated_ring.services import FIRST_VERSION, GATEWAY, Killed, Process
 from tests.simulated_ring.trace import serial
@@ -76,7 +76,7 @@ class GatewayProcess(Process):
     """As `quartet.http_gateway.main.serve` has it, without HTTP: clients are tasks of its loop."""
 
     def __init__(
-        self, agenda: Agenda, watch: Watch, is_dead: Callable[[int], bool], run_dir: str, **place: Any
+        self, agenda: Agenda, watch: Watch, is_dead: Callable[[int], bool], run_dir: str, has_adapters: bool, **place: Any
     ) -> None:
         super().__init__(role=GATEWAY, **place)
         self.loop = TurnLoop(agenda)
@@ -87,6 +87,7 @@ class GatewayProcess(Process):
         self._arrived: asyncio.Future[None] | None = None
         self.watched: dict[int, Callable[[], None]] = {}  # by process number
         self._is_dead, self._run_dir = is_dead, run_dir
+        self._config = msgspec.structs.replace(CONFIG, enable_lora=has_adapters)
         self._inbox.tell(self._on_arrival)
         self.loop.create_task(self._serve())
 
@@ -109,7 +110,7 @@ class GatewayProcess(Process):
         if self.epoch:
             await ring.introduce()
         facts = await ring.facts()
-        self.gateway = Gateway(CONFIG, MODEL, facts, ring, None, None)  # type: ignore[arg-type]
+        self.gateway = Gateway(self._config, MODEL, facts, ring, None, None)  # type: ignore[arg-type]
         self._learn, ring.on_reply = ring.on_reply, self._on_reply
         ring.ask_facts()
         await ring.wait_until_connected()

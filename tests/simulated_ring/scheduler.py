@@ -24,16 +24,19 @@ from quartet.scheduler_service.control.durable_state import DurableState
 from quartet.scheduler_service.control.handlers import HANDLERS
 from quartet.scheduler_service.control.runner import CommandRunner, PartialChange
 from quartet.scheduler_service.core.kv_tier import KvTier
-from quartet.scheduler_service.core.plan import Plan, Result
+from quartet.scheduler_service.core.plan import Plan, Result, Slice
 from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.core.rules import PlannerConfig
 from quartet.scheduler_service.execution.kv_tier import KvTierStore
 from quartet.scheduler_service.execution.rank_messages import OpenTier
 from quartet.scheduler_service.execution.rank_tier import LeadingPart
 from quartet.scheduler_service.scheduler import Scheduler
 from tests.fakes import FakeGrammars, FakeWorker, looping_token
+from tests.simulated_ring.adapters import SUFFIXES, AdapterRun, VirtualStore
 from tests.simulated_ring.clock import Agenda
 from tests.simulated_ring.disks import BLOCK_TOKENS, BlockDisk, Cells, TierSettings, VirtualPart, identity_of, mark_of
+from tests.simulated_ring.faults import hold
 from tests.simulated_ring.group import BROKEN, Group, Hangs
 from tests.simulated_ring.services import FIRST_VERSION, POISON, SCHEDULER, Killed, Process
 
@@ -49,7 +52,10 @@ class Worker(FakeWorker):
         self.cells = Cells(self.page_size, self._memory)
         self.cells.snapshots = self._snapshots
         self.group: Group | None = None  # of tensor parallel
+        self.adapters: VirtualStore | None = None
         self.launches = 0
+        self._begun: set[Sequence] = set()
+        self._suffix = ""  # what the adapter of the slice that is drawn adds to the label of the weights
         self._point = point
 
     def launch(self, plan: Plan) -> list[Result]:
@@ -72,15 +78,35 @@ class Worker(FakeWorker):
         return results
 
     def _launch(self, plan: Plan) -> list[Result]:
-        mark = mark_of(self.weight_version)
         for part in plan.slices:
+            mark = mark_of(self.weight_version + self.suffix_of(part.sequence))
+            self._check_prefix(part, mark)
             for position in range(part.start, part.end):
                 self.cells.marks[self._cell(part.sequence, position)] = mark
             self.cells.snapshot_marks.update((number, mark) for _, number in part.saves)
         return super().launch(plan)
 
+    def _check_prefix(self, part: Slice, mark: int) -> None:
+        """What a request finds in the prefix cache must be of the weights and the adapter that it begins with."""
+        if part.sequence not in self._begun:
+            self._begun.add(part.sequence)
+            found = {self.cells.marks[self._cell(part.sequence, position)] for position in range(part.start)}
+            hold(found <= {mark}, part.sequence.rid, "begins with KV of other weights or of another adapter")
+
+    def forget(self, sequence: Sequence) -> None:
+        super().forget(sequence)
+        self._begun.discard(sequence)
+
+    def suffix_of(self, sequence: Sequence) -> str:
+        """What its adapter adds to the label of the weights."""
+        return "" if self.adapters is None else self.adapters.suffix_of(sequence.request.adapter)
+
+    def _draw(self, part: Slice, prefix: "array[int]") -> list[int]:
+        self._suffix = self.suffix_of(part.sequence)
+        return super()._draw(part, prefix)
+
     def _token(self, prefix: "array[int]", vocab_size: int, seed: int) -> int:
-        return drawn(prefix, seed, self.weight_version, vocab_size)
+        return drawn(prefix, seed, self.weight_version + self._suffix, vocab_size)
 
 
 def drawn(prefix: "array[int]", seed: int, weight_version: str, vocab_size: int) -> int:
@@ -129,6 +155,7 @@ class SchedulerProcess(Process):
         carried_out: list[tuple[str, int, str]],
         pid: int,
         tier: TierSettings | None,
+        adapters: AdapterRun | None,
         on_death: Callable[["SchedulerProcess"], None],
         **place: Any,
     ) -> None:
@@ -154,9 +181,15 @@ class SchedulerProcess(Process):
             )
         self.worker.group = self.group
         self.worker.recurrent = config.snapshots is not None
+        self.adapters = self.worker.adapters = adapters and VirtualStore(
+            adapters, disk.run_dir, self.schedulers, self.rank, random, self.point
+        )
         planner = Planner(config)
         self.tier = None if tier is None else self._make_tier(planner, tier)
-        self._held_up = False
+        if adapters is not None:
+            for part in self.parts:
+                part.suffixes = SUFFIXES
+        self._held_up = self._queue_waits = False
         durable_state = State(disk.run_dir, self.point)
         facts = msgspec.structs.replace(self.worker.facts(), epoch=self.epoch, rank=self.rank, pid=pid)
         self.scheduler = Scheduler(
@@ -171,6 +204,7 @@ class SchedulerProcess(Process):
             grammars=FakeGrammars(),  # type: ignore[arg-type]
             announced=self.announced,
             tier=self.tier,
+            adapters=self.adapters,
             clock=lambda: agenda.now,
         )
         self.scheduler.commands = CommandRunner(
@@ -199,12 +233,15 @@ class SchedulerProcess(Process):
         known = part.open(identity)
         self.found = len(known)
         tier = KvTier(worker.page_size, sizes)
-        return KvTierStore(planner, tier, part, identity, b"", known, lambda: self.worker.weight_version)
+        adapters = f"{self.key} {self.epoch}".encode()
+        return KvTierStore(planner, tier, part, identity, adapters, known, lambda: self.worker.weight_version)
 
     @property
     def at_rest(self) -> bool:
         scheduler = self.scheduler
         if not super().at_rest or scheduler.commands or scheduler.grammar_queue or self._tier_has_news:
+            return False
+        if scheduler.adapter_queue and not self._queue_waits:
             return False
         return (scheduler.idle or self._held_up) and (self.group is None or self.group.at_rest)
 
@@ -255,9 +292,11 @@ class SchedulerProcess(Process):
     def work(self) -> bool:
         if self.at_rest:
             return False
-        before = self.worker.launches
+        before, queue = self.worker.launches, self.scheduler.adapter_queue
+        waited = len(queue)
         self.scheduler.step()
         same = self.worker.launches == before and not self.scheduler.launched
+        self._queue_waits = same and len(queue) == waited and queue._reading is not None and bool(queue._reading.found)
         self._held_up = same and self.tier is not None and self.tier.holds_up
         return True
 

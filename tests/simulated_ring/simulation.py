@@ -6,11 +6,11 @@ while; then everything must come to rest within a number of turns, and `checks.p
 request and command, and at what is left behind.
 
 Some processes hang for a while before they die, and some say what none should (`tests/wrong_messages.py`). In some
-runs a scheduler is a group of ranks (`group.py`), one of which may die or hang, and in some it keeps KV beyond the pool
-(`disks.py`), on disks that are slow, fail and lose blocks.
+runs a scheduler is a group of ranks (`group.py`), one of which may die or hang, in some it keeps KV beyond the pool
+(`disks.py`), on disks that are slow, fail and lose blocks, and in some it has LoRA adapters (`adapters.py`).
 
 Left out: HTTP; the supervisor's budget and how it finds a hang; draining; the pool of threads that compiles grammars;
-released memory, adapters and updates over the wire; frames above the size limit. A process
+released memory, updates and adapters over the wire, adapters of groups of ranks; frames above the size limit. A process
 loses what it knows with its death, and nothing else fails. News are quicker than births: before a process is started
 again, frames of the one before have arrived or are lost, and its peers have noticed its death.
 """
@@ -36,9 +36,11 @@ from quartet.tokenizer_service.encode import Encoder
 from quartet.tokenizer_service.jobs import Pace
 from tests.fakes import AtOnce
 from tests.simulated_ring import services
-from tests.simulated_ring.checks import Fault, check
+from tests.simulated_ring.adapters import adapters_of, draw_command, name_adapters
+from tests.simulated_ring.checks import check
 from tests.simulated_ring.clock import Action, Agenda
 from tests.simulated_ring.disks import snapshots_of, tier_of
+from tests.simulated_ring.faults import Fault
 from tests.simulated_ring.gateway import GatewayProcess, Watch
 from tests.simulated_ring.group import ranks_of
 from tests.simulated_ring.links import Inbox, Link
@@ -69,6 +71,7 @@ HANGS_S = (0.01, 0.1)  # until a process that does not move is killed
 FORGERIES = [m for m in MESSAGES if isinstance(m, Generate | Tokenized | Tokens | Text | Tokenize | Detokenize | Probe)]
 WEIGHTS = (1, 1, 4, 4, 16)  # how often it is an actor's turn
 DYING = ROLES[:3]
+ADAPTER_COMMANDS = 0.6  # the share of commands, in a run with adapters
 ONE_SCHEDULER = 0.6  # the share of runs with one; the others have two
 
 
@@ -88,6 +91,7 @@ class Simulation:
         self.ranks = ranks_of(seed)
         snapshots = snapshots_of(seed) if self.ranks == 1 else None  # as `check_ranks` has it
         self.tier = tier_of(seed, snapshots is not None)
+        self.adapters = adapters_of(seed) if self.ranks == 1 else None
         self.beside = Random(f"beside {seed}")  # for what these do
         self.roles = {process_key(role, rank): (role, rank) for role in ROLES for rank in range(self._count(role))}
         self.clients, self.operator = Clients(random, likes_prefixes=self.tier is not None), Operator(random)
@@ -96,6 +100,8 @@ class Simulation:
         self.depth = 0 if self.config.drafts else random.choice([0, 1])
         if snapshots is not None:
             self.config, self.depth = replace(self.config, snapshots=snapshots, drafts=None), 0
+        if self.adapters is not None:
+            self.config = replace(self.config, max_adapters=self.adapters.most_in_batch)
         self.links = {
             ends: Link(random, keeps=keeps(*ends, self.schedulers > 1)) for ends in self._ends()
         }  # by sender and receiver
@@ -111,6 +117,8 @@ class Simulation:
         """From the first process to the last check. Raises Fault, and whatever a service should not have raised."""
         with tempfile.TemporaryDirectory() as run_dir:
             self.run_dir = run_dir
+            if self.adapters is not None:
+                self.adapters.write_files(run_dir)
             self.disks = [Disk(str(Path(run_dir) / str(rank)), self.ranks) for rank in range(self.schedulers)]
             for key in self.roles:
                 self._start(key, 0)
@@ -174,6 +182,8 @@ class Simulation:
         if (gateway := self._open_gateway) is None:
             self.agenda.after(COME_AGAIN_S, lambda: self._arrive(call))
             return
+        if self.adapters is not None:
+            name_adapters(call.batch, sorted(adapter.name for adapter in gateway.gateway.adapters), self.beside)
         self.calls.append(call)
         gateway.calls.append(call)
         gateway.loop.create_task(call.run(gateway.ring, self._next_order))
@@ -209,7 +219,10 @@ class Simulation:
     async def _operate(self, gateway: GatewayProcess, commands: int) -> None:
         for _ in range(commands):
             await asyncio.sleep(self.random.uniform(0, HORIZON_S / 6))
-            await self._command(gateway, self.operator.draw())
+            command = self.operator.draw()
+            if self.adapters is not None and self.beside.random() < ADAPTER_COMMANDS:
+                command = draw_command(self.adapters, self.beside)
+            await self._command(gateway, command)
 
     async def _command(self, gateway: GatewayProcess, command: ControlCommand) -> Order:
         self.watch.sends(command)
@@ -308,11 +321,13 @@ class Simulation:
                 disk, agenda, tier = self.disks[rank], self.agenda, self.tier
                 random = self.random if tier is None and self.ranks == 1 else self.beside
                 settings = (self.config, self.depth, disk, agenda, random, self.carried_out)
-                return SchedulerProcess(*settings, tier=tier, on_death=self._end_group, **place)
+                place |= {"tier": tier, "adapters": self.adapters, "on_death": self._end_group}
+                return SchedulerProcess(*settings, **place)
             case services.DETOKENIZER:
                 return DetokenizerProcess(vocabulary(), **place)
             case _:
-                return GatewayProcess(self.agenda, self.watch, self._is_dead, self.run_dir, **place)
+                adapters = self.adapters is not None
+                return GatewayProcess(self.agenda, self.watch, self._is_dead, self.run_dir, adapters, **place)
 
     def _end_group(self, process: SchedulerProcess) -> None:
         self._end(process.key, process)
