@@ -10,6 +10,7 @@ inside an operation, where the launcher's watchdog finds it. The launcher starts
 
 import logging
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import torch
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.process import vitals
 from quartet.runtime.process.parent_death import arm_death_signal
 from quartet.runtime.service import EXIT_STARTUP, REPORTED, Boot, refuse
 from quartet.scheduler_service.core.plan import Plan
@@ -204,7 +206,11 @@ def start_follower(boot: Boot, rank: int) -> Channel:
 
 
 def watch(boot: Boot, rank: int, process: "subprocess.Popen[bytes]") -> NoReturn:
-    """End this process, and so the group, when a rank has ended."""
+    """End this process, and so the group, when a rank has ended, or was stopped for long."""
+    stopped = has_ended_or_was_stopped(process, boot.config.watchdog_timeout)
+    if stopped:
+        log.critical("Rank %d (pid %d) %s; killing it.", rank, process.pid, stopped)
+        process.kill()
     status = process.wait()
     if boot.ready_fd != REPORTED:
         time.sleep(OWN_WORDS_S)
@@ -213,6 +219,25 @@ def watch(boot: Boot, rank: int, process: "subprocess.Popen[bytes]") -> NoReturn
         os._exit(EXIT_STARTUP)
     log.critical("Rank %d (pid %d) ended with status %d. Ending the group.", rank, process.pid, status)
     os._exit(LOST)
+
+
+def has_ended_or_was_stopped(process: "subprocess.Popen[bytes]", timeout_s: float) -> str:
+    """Wait for either; how long it was stopped, in words; empty: it has ended. `timeout_s`: --watchdog-timeout, 0: none.
+
+    The launcher sees rank 0 only, whose pulse goes on while it waits for the others.
+    """
+    timer = vitals.StopTimer(partial(vitals.read_vitals, process.pid))
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        while not poll.poll(vitals.LOOK_EVERY_S * 1000):
+            limit_s, stopped_s = min(timeout_s, vitals.FROZEN_S), timer.stopped_s(time.monotonic())
+            if 0 < limit_s < stopped_s:
+                return f"was stopped for {stopped_s:.0f} s"
+        return ""
+    finally:
+        os.close(pidfd)
 
 
 def load_part(

@@ -7,6 +7,7 @@ import pytest
 from quartet.runtime.adapters import LoadAdapter
 from quartet.runtime.control import DecideChange, ReleaseMemory, ResumeMemory, UpdateWeightsFromDisk
 from quartet.runtime.messages import Prepared
+from quartet.scheduler_service.execution.memory_saver import MemorySaver
 from tests import checkpoints
 from tests.adapters import write_adapter
 from tests.live import Live
@@ -91,6 +92,23 @@ def test_memory_waits_for_the_others_and_no_request_begins_meanwhile(tmp_path: P
         assert live.call(ResumeMemory()).success
     live.run()
     assert len(live.output("x")) == 3
+
+
+def test_memory_waits_for_busy_ranks_while_requests_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = [True]
+    monkeypatch.setattr(MemorySaver, "must_wait", property(lambda _: busy[0]))
+    live = Live(checkpoints.random_model(tmp_path / "a", 0), tmp_path, enable_memory_saver=True)
+    id = live.begin(ReleaseMemory(tags=["kv_cache"], waits_for_others=True))
+    live.send(tokenized("x", range(5), 3))
+    live.run()
+    live.step(STEPS)
+    assert len(live.output("x")) == 3 and not said(live)
+    busy.clear()
+    busy.append(False)
+    live.step()
+    assert said(live) == [id] and live.planner.asleep
+    live.send(DecideChange(change=id))
+    assert live.wait(id).success
 
 
 def test_an_adapter_that_not_all_can_load_is_served_by_none(tmp_path: Path) -> None:
