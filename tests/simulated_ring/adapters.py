@@ -22,8 +22,9 @@ from quartet.scheduler_service.weights.checkpoint import CheckpointError
 from tests.configs import resolved
 from tests.simulated_ring.faults import hold
 
+from tests.simulated_ring.load import Call, Order, is_done
+
 if TYPE_CHECKING:
-    from tests.simulated_ring.load import Call, Order
     from tests.simulated_ring.scheduler import SchedulerProcess
     from tests.simulated_ring.simulation import Simulation
 
@@ -48,7 +49,6 @@ class AdapterRun:
     most_loaded: int | None
     most_in_batch: int
     fails: float  # the share of files that cannot be read
-
 
     place: Path = Path()  # the directory of all files
     labels: Labels = field(default_factory=dict)  # all that were computed with
@@ -156,7 +156,7 @@ def draw_command(adapters: AdapterRun, random: Random) -> ControlCommand:
 # checks
 
 
-def check_text(simulation: "Simulation", call: "Call", generate: Generate, text: Text) -> str:
+def check_text(simulation: "Simulation", call: Call, generate: Generate, text: Text) -> str:
     """What the adapter adds to the label of the weights that have made these tokens; it must be the right one."""
     name, tokens = generate.request.adapter, text.tokens
     if not name:
@@ -173,7 +173,7 @@ def check_text(simulation: "Simulation", call: "Call", generate: Generate, text:
     return f"/{found[1]}"
 
 
-def contents(adapters: AdapterRun, orders: "list[Order]", name: str, call: "Call") -> set[str]:
+def contents(adapters: AdapterRun, orders: list[Order], name: str, call: Call) -> set[str]:
     """What an adapter may have been while a call was under way."""
     right = {Path(path).name for known, path in adapters.at_start().items() if known == name}
     for order in orders:
@@ -187,12 +187,7 @@ def contents(adapters: AdapterRun, orders: "list[Order]", name: str, call: "Call
     return right
 
 
-def is_done(order: "Order") -> bool:
-    """Whether a command was carried out for sure."""
-    return isinstance(order.answer, Reply) and order.answer.success
-
-
-def is_refused(order: "Order") -> bool:
+def is_refused(order: Order) -> bool:
     """Whether a command was carried out by nobody, for sure."""
     answer = order.answer
     if not isinstance(answer, Reply) or answer.success:
@@ -200,7 +195,7 @@ def is_refused(order: "Order") -> bool:
     return answer.message != COMMAND_LOST and PARTLY not in answer.message
 
 
-def may_be_unloaded(simulation: "Simulation", name: str, call: "Call") -> bool:
+def may_be_unloaded(simulation: "Simulation", name: str, call: Call) -> bool:
     """Whether a request may have come behind the end of its adapter, though its client knew of it."""
     unloads = [order for order in simulation.operator.orders if isinstance(order.command, UnloadAdapter)]
     return any(o.command.lora_name == name and o.answered > call.opened for o in unloads)
@@ -227,7 +222,7 @@ def check_adapters(simulation: "Simulation", processes: "list[SchedulerProcess]"
         hold(known.get(name) == path, name, "is", known.get(name), "and should be", path)
 
 
-def expected(adapters: AdapterRun, orders: "list[Order]") -> dict[str, str | None]:
+def expected(adapters: AdapterRun, orders: list[Order]) -> dict[str, str | None]:
     """The path of each adapter that is known for sure; None: there is no such adapter."""
     state: dict[str, str | None] = dict.fromkeys(NAMES) | adapters.at_start()
     for order in orders:

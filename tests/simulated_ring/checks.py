@@ -220,6 +220,7 @@ def check_scheduler(simulation: "Simulation", process: SchedulerProcess) -> None
     if process.tier is not None:
         check_tier(process, process.tier.tier)
     hold(not planner.paused and not gateway.paused, "still paused:", planner.paused, gateway.paused)
+    hold(not planner.asleep and not gateway.asleep, "still asleep:", planner.asleep, gateway.asleep)
     serves, shown = process.worker.weight_version, gateway.weight_version
     hold(serves == shown == process.disk.weight_version, process.key, "serves", serves, "shows", shown)
     hold(

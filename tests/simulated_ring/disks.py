@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
+from typing import Protocol
 
 from quartet.scheduler_service.core.block_keys import digest
 from quartet.scheduler_service.core.kv_tier import TierSizes
@@ -149,10 +150,15 @@ class Cells:
                 own[page * size : (page + 1) * size] = new[place * size : (place + 1) * size]
 
 
+class Saver(Protocol):
+    """What releases memory."""
+
+    @property
+    def holds_kv_cache(self) -> bool: ...
+
+
 class VirtualPart:
     """As `execution.tier_part.OwnPart` has it."""
-
-    is_there = True
 
     def __init__(
         self,
@@ -171,7 +177,12 @@ class VirtualPart:
         self.dead = False  # its process has ended
         self._agenda, self._random, self._serves = agenda, random, serves
         self.suffixes: tuple[str, ...] = ("",)  # what adapters may add to the label of the weights
+        self.saver: Saver | None = None  # of the pool's memory; None: it is always there
         self._jobs: deque[Callable[[], None]] = deque()  # of the writer, in order
+
+    @property
+    def is_there(self) -> bool:
+        return self.saver is None or not self.saver.holds_kv_cache
 
     @property
     def busy(self) -> bool:

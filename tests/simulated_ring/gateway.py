@@ -11,7 +11,14 @@ from quartet.http_gateway.main import ATTEMPTS_OF_A_GATEWAY
 from quartet.http_gateway.ring.journal import JournalEntry
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.gateway import Gateway
-from quartet.runtime.control import ContinueGeneration, ControlCommand, PauseGeneration, UpdateWeightsFromDisk
+from quartet.runtime.control import (
+    ContinueGeneration,
+    ControlCommand,
+    PauseGeneration,
+    ReleaseMemory,
+    ResumeMemory,
+    UpdateWeightsFromDisk,
+)
 from quartet.runtime.messages import Message, Reply, Text
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.sockets import decode, encode
@@ -42,6 +49,7 @@ class Watch:
 
     def __init__(self, operator: Operator) -> None:
         self.paused = False  # for sure: a pause was answered, and nothing was sent since that ends it
+        self.asleep = False  # likewise: memory was released
         self.weight_version: str | None = FIRST_VERSION  # for sure: an update was answered, and none was sent since
         self.ended_before = 0  # serial of a pause that has ended all requests before it
         self._operator = operator
@@ -50,6 +58,7 @@ class Watch:
         """As quartet.http_gateway.http.metrics.Metrics."""
         tokens = text.tokens
         hold(not (tokens.ids and self.paused), tokens.rid, "goes on in a pause")
+        hold(not (tokens.ids and self.asleep), tokens.rid, "goes on without memory")
         hold(not (tokens.ids and entry.serial < self.ended_before), tokens.rid, "goes on though a pause has ended it")
         if tokens.ids and self.weight_version is not None:
             right = tokens.weight_version == self.weight_version
@@ -59,6 +68,8 @@ class Watch:
         match command:
             case ContinueGeneration():
                 self.paused = False
+            case ResumeMemory():
+                self.asleep = False
             case UpdateWeightsFromDisk():
                 self.weight_version = None
 
@@ -68,6 +79,8 @@ class Watch:
             case PauseGeneration() as pause if reply.success:
                 self.paused = True
                 self.ended_before = int(serial(reply.id)) if pause.ends_requests else self.ended_before
+            case ReleaseMemory() if reply.success:
+                self.asleep = True
             case UpdateWeightsFromDisk(weight_version=version) if reply.success:
                 self.weight_version = version
 
@@ -76,7 +89,13 @@ class GatewayProcess(Process):
     """As `quartet.http_gateway.main.serve` has it, without HTTP: clients are tasks of its loop."""
 
     def __init__(
-        self, agenda: Agenda, watch: Watch, is_dead: Callable[[int], bool], run_dir: str, has_adapters: bool, **place: Any
+        self,
+        agenda: Agenda,
+        watch: Watch,
+        is_dead: Callable[[int], bool],
+        run_dir: str,
+        has_adapters: bool,
+        **place: Any,
     ) -> None:
         super().__init__(role=GATEWAY, **place)
         self.loop = TurnLoop(agenda)

@@ -38,6 +38,7 @@ from tests.simulated_ring.clock import Agenda
 from tests.simulated_ring.disks import BLOCK_TOKENS, BlockDisk, Cells, TierSettings, VirtualPart, identity_of, mark_of
 from tests.simulated_ring.faults import hold
 from tests.simulated_ring.group import BROKEN, Group, Hangs
+from tests.simulated_ring.memory import FAILS, VirtualSaver
 from tests.simulated_ring.services import FIRST_VERSION, POISON, SCHEDULER, Killed, Process
 
 MOST_STAGING_TURNS = 6
@@ -156,6 +157,7 @@ class SchedulerProcess(Process):
         pid: int,
         tier: TierSettings | None,
         adapters: AdapterRun | None,
+        saves_memory: bool,
         on_death: Callable[["SchedulerProcess"], None],
         **place: Any,
     ) -> None:
@@ -184,11 +186,14 @@ class SchedulerProcess(Process):
         self.adapters = self.worker.adapters = adapters and VirtualStore(
             adapters, disk.run_dir, self.schedulers, self.rank, random, self.point
         )
+        self.saver = VirtualSaver(self.worker.cells, random) if saves_memory else None
         planner = Planner(config)
         self.tier = None if tier is None else self._make_tier(planner, tier)
         if adapters is not None:
             for part in self.parts:
                 part.suffixes = SUFFIXES
+        for part in self.parts:
+            part.saver = self.saver
         self._held_up = self._queue_waits = False
         durable_state = State(disk.run_dir, self.point)
         facts = msgspec.structs.replace(self.worker.facts(), epoch=self.epoch, rank=self.rank, pid=pid)
@@ -205,12 +210,15 @@ class SchedulerProcess(Process):
             announced=self.announced,
             tier=self.tier,
             adapters=self.adapters,
+            saver=self.saver,  # type: ignore[arg-type]
             clock=lambda: agenda.now,
         )
         self.scheduler.commands = CommandRunner(
             {**HANDLERS, UpdateWeightsFromDisk: self.update_weights, UpdateWeightVersion: self.rename}
         )
         durable_state.restore(self.scheduler)
+        if self.saver is not None:
+            self.saver.fails = FAILS
 
     def _make_tier(self, planner: Planner, settings: TierSettings) -> KvTierStore:
         """As `execution.kv_tier.tier_store`."""
@@ -315,6 +323,8 @@ class SchedulerProcess(Process):
     def _update_weights(
         self, scheduler: Scheduler, command: UpdateWeightsFromDisk
     ) -> Generator[None, bool | None, list[Message]]:
+        if self.saver is not None and self.saver.holds_weights:
+            raise CommandRefused(control_weights.RELEASED)
         yield from self._beside()
         control_weights.refuse_unless_expected(scheduler, command)
         staged = None

@@ -7,10 +7,10 @@ request and command, and at what is left behind.
 
 Some processes hang for a while before they die, and some say what none should (`tests/wrong_messages.py`). In some
 runs a scheduler is a group of ranks (`group.py`), one of which may die or hang, in some it keeps KV beyond the pool
-(`disks.py`), on disks that are slow, fail and lose blocks, and in some it has LoRA adapters (`adapters.py`).
+(`disks.py`), on disks that are slow, fail and lose blocks, in some it has LoRA adapters (`adapters.py`), and in some memory is released (`memory.py`).
 
 Left out: HTTP; the supervisor's budget and how it finds a hang; draining; the pool of threads that compiles grammars;
-released memory, updates and adapters over the wire, adapters of groups of ranks; frames above the size limit. A process
+updates and adapters over the wire, adapters and released memory of groups of ranks; frames above the size limit. A process
 loses what it knows with its death, and nothing else fails. News are quicker than births: before a process is started
 again, frames of the one before have arrived or are lost, and its peers have noticed its death.
 """
@@ -27,16 +27,16 @@ from random import Random
 from typing import Any
 
 from quartet.http_gateway.ring.aborts import matches
-from quartet.runtime.control import Abort, ContinueGeneration, ControlCommand, Detokenize, Probe, Tokenize
-from quartet.runtime.messages import Generate, Message, Reply, Text, Tokenized, Tokens, process_key
+from quartet.runtime.control import Abort, ContinueGeneration, ControlCommand, Detokenize, Probe, ResumeMemory, Tokenize
+from quartet.runtime.messages import Generate, Message, Text, Tokenized, Tokens, process_key
 from quartet.runtime.sockets import encode
 from quartet.scheduler_service.core.drafts import DraftOptions
 from quartet.scheduler_service.core.rules import PlannerConfig
 from quartet.tokenizer_service.encode import Encoder
 from quartet.tokenizer_service.jobs import Pace
 from tests.fakes import AtOnce
-from tests.simulated_ring import services
-from tests.simulated_ring.adapters import adapters_of, draw_command, name_adapters
+from tests.simulated_ring import adapters as adapting
+from tests.simulated_ring import memory, services
 from tests.simulated_ring.checks import check
 from tests.simulated_ring.clock import Action, Agenda
 from tests.simulated_ring.disks import snapshots_of, tier_of
@@ -44,7 +44,7 @@ from tests.simulated_ring.faults import Fault
 from tests.simulated_ring.gateway import GatewayProcess, Watch
 from tests.simulated_ring.group import ranks_of
 from tests.simulated_ring.links import Inbox, Link
-from tests.simulated_ring.load import VOCAB_SIZE, Call, Clients, Operator, Order, tokenizer, vocabulary
+from tests.simulated_ring.load import VOCAB_SIZE, Call, Clients, Operator, Order, is_done, tokenizer, vocabulary
 from tests.simulated_ring.scheduler import Disk, SchedulerProcess
 from tests.simulated_ring.services import (
     DETOKENIZER,
@@ -72,6 +72,7 @@ FORGERIES = [m for m in MESSAGES if isinstance(m, Generate | Tokenized | Tokens 
 WEIGHTS = (1, 1, 4, 4, 16)  # how often it is an actor's turn
 DYING = ROLES[:3]
 ADAPTER_COMMANDS = 0.6  # the share of commands, in a run with adapters
+MEMORY_COMMANDS = 0.4  # likewise, in one with memory that is released
 ONE_SCHEDULER = 0.6  # the share of runs with one; the others have two
 
 
@@ -91,7 +92,8 @@ class Simulation:
         self.ranks = ranks_of(seed)
         snapshots = snapshots_of(seed) if self.ranks == 1 else None  # as `check_ranks` has it
         self.tier = tier_of(seed, snapshots is not None)
-        self.adapters = adapters_of(seed) if self.ranks == 1 else None
+        self.adapters = adapting.adapters_of(seed) if self.ranks == 1 else None
+        self.saves_memory = self.ranks == 1 and memory.saves_memory(seed)
         self.beside = Random(f"beside {seed}")  # for what these do
         self.roles = {process_key(role, rank): (role, rank) for role in ROLES for rank in range(self._count(role))}
         self.clients, self.operator = Clients(random, likes_prefixes=self.tier is not None), Operator(random)
@@ -183,7 +185,9 @@ class Simulation:
             self.agenda.after(COME_AGAIN_S, lambda: self._arrive(call))
             return
         if self.adapters is not None:
-            name_adapters(call.batch, sorted(adapter.name for adapter in gateway.gateway.adapters), self.beside)
+            adapting.name_adapters(
+                call.batch, sorted(adapter.name for adapter in gateway.gateway.adapters), self.beside
+            )
         self.calls.append(call)
         gateway.calls.append(call)
         gateway.loop.create_task(call.run(gateway.ring, self._next_order))
@@ -221,7 +225,9 @@ class Simulation:
             await asyncio.sleep(self.random.uniform(0, HORIZON_S / 6))
             command = self.operator.draw()
             if self.adapters is not None and self.beside.random() < ADAPTER_COMMANDS:
-                command = draw_command(self.adapters, self.beside)
+                command = adapting.draw_command(self.adapters, self.beside)
+            elif self.saves_memory and self.beside.random() < MEMORY_COMMANDS:
+                command = memory.draw_command(self.beside)
             await self._command(gateway, command)
 
     async def _command(self, gateway: GatewayProcess, command: ControlCommand) -> Order:
@@ -321,7 +327,8 @@ class Simulation:
                 disk, agenda, tier = self.disks[rank], self.agenda, self.tier
                 random = self.random if tier is None and self.ranks == 1 else self.beside
                 settings = (self.config, self.depth, disk, agenda, random, self.carried_out)
-                place |= {"tier": tier, "adapters": self.adapters, "on_death": self._end_group}
+                place |= {"tier": tier, "adapters": self.adapters, "saves_memory": self.saves_memory}
+                place |= {"on_death": self._end_group}
                 return SchedulerProcess(*settings, **place)
             case services.DETOKENIZER:
                 return DetokenizerProcess(vocabulary(), **place)
@@ -387,14 +394,18 @@ class Simulation:
         return links and all(process.hung or process.at_rest for process in self.processes.values())
 
     def _come_to_rest(self) -> None:
-        """Let everything end, what a pause holds up as well."""
-        while True:
+        """Let everything end, what a pause or the lack of memory holds up as well."""
+        last: list[Order] = []
+        while not (last and all(map(is_done, last))):
             self._run_until(lambda: False)
-            match self.operator.orders[-1:]:
-                case [Order(command=ContinueGeneration(), answer=Reply(success=True))]:
-                    return
+            last = []
             gateway = self.processes[GATEWAY]
-            gateway.loop.create_task(self._command(gateway, ContinueGeneration()))
+            gateway.loop.create_task(self._wake(gateway, last))
+            self._run_until(lambda: False)
+
+    async def _wake(self, gateway: GatewayProcess, orders: list[Order]) -> None:
+        commands = [*([ResumeMemory()] if self.saves_memory else []), ContinueGeneration()]
+        orders += [await self._command(gateway, command) for command in commands]
 
     def note(self, role: str, verb: str, messages: Sequence[Message]) -> None:
         if self._trace is not None:
