@@ -222,7 +222,7 @@ def watch(boot: Boot, rank: int, process: "subprocess.Popen[bytes]") -> NoReturn
 
 
 def has_ended_or_was_stopped(process: "subprocess.Popen[bytes]", timeout_s: float) -> str:
-    """Wait for either; how long it was stopped, in words; empty: it has ended. `timeout_s`: --watchdog-timeout, 0: none.
+    """Wait for either; how long it was stopped, in words; empty: it has ended. `timeout_s`: --watchdog-timeout.
 
     The launcher sees rank 0 only, whose pulse goes on while it waits for the others.
     """

@@ -21,7 +21,6 @@ from quartet.scheduler_service.weights.adapters import SAFETENSORS, AdapterTenso
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
 from tests.configs import resolved
 from tests.simulated_ring.faults import hold
-
 from tests.simulated_ring.load import Call, Order, is_done
 
 if TYPE_CHECKING:

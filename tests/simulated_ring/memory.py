@@ -1,4 +1,4 @@
-"""Memory that an operator has the schedulers release and take again: the real commands, over a pool that loses its KV."""
+"""Memory that is released and taken again: the real commands, over a pool that loses its KV."""
 
 from array import array
 from collections.abc import Iterable

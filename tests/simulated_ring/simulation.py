@@ -7,12 +7,13 @@ request and command, and at what is left behind.
 
 Some processes hang for a while before they die, and some say what none should (`tests/wrong_messages.py`). In some
 runs a scheduler is a group of ranks (`group.py`), one of which may die or hang, in some it keeps KV beyond the pool
-(`disks.py`), on disks that are slow, fail and lose blocks, in some it has LoRA adapters (`adapters.py`), and in some memory is released (`memory.py`).
+(`disks.py`), on disks that are slow, fail and lose blocks, in some it has LoRA adapters (`adapters.py`), in some its
+memory is released (`memory.py`).
 
 Left out: HTTP; the supervisor's budget and how it finds a hang; draining; the pool of threads that compiles grammars;
-updates and adapters over the wire, adapters and released memory of groups of ranks; frames above the size limit. A process
-loses what it knows with its death, and nothing else fails. News are quicker than births: before a process is started
-again, frames of the one before have arrived or are lost, and its peers have noticed its death.
+updates and adapters over the wire, adapters and released memory of groups of ranks; frames above the size limit. A
+process loses what it knows with its death, and nothing else fails. News are quicker than births: before a process is
+started again, frames of the one before have arrived or are lost, and its peers have noticed its death.
 """
 
 import asyncio
