@@ -46,9 +46,10 @@ from quartet.scheduler_service.weights.distributed import failed_to_join, receiv
 from quartet.scheduler_service.weights.inspection import Inspection
 from quartet.scheduler_service.weights.manifest import Manifest
 from quartet.scheduler_service.weights.parameters import Packed, Weights, checksum_of
+from quartet.scheduler_service.weights.refusals import INTERNAL, NOT_LOADED, NOT_OPENED, refused_as
 from quartet.scheduler_service.weights.reread import reread as again
 from quartet.scheduler_service.weights.staging import on_one_thread
-from quartet.scheduler_service.weights.update import INTERNAL, NOT_LOADED, NOT_OPENED, Staged, Updates, refused_as
+from quartet.scheduler_service.weights.update import Staged, Updates
 
 Result = TypeVar("Result")
 
@@ -134,6 +135,10 @@ class LeadingUpdates(Updates):
         """See Updates.swap."""
         self.followers.tell(Commit())
         return super().swap(staged, version)
+
+    def drop_staged(self) -> None:
+        """See Updates.drop_staged: the others hold it."""
+        self.followers.tell(GiveUp())
 
     def close_session(self) -> None:
         """See Updates.close_session."""

@@ -216,6 +216,7 @@ def check_scheduler(simulation: "Simulation", process: SchedulerProcess) -> None
     if process.group is not None:
         for rank in process.group.ranks:
             hold(rank.at_rest and not rank.hung, process.key, "has a rank that does not rest")
+            hold(rank.updates.staged is None, process.key, "has a rank that keeps what nobody will serve")
             hold(rank.serves == process.worker.weight_version, process.key, "rank", rank.rank, "serves", rank.serves)
     if process.tier is not None:
         check_tier(process, process.tier.tier)

@@ -333,7 +333,12 @@ class SchedulerProcess(Process):
             staged = yield from self.group.in_background(partial(self.group.updates.from_disk, path, "auto", None))
         elif command.model_path == BROKEN:
             raise CommandRefused("nothing was changed")
-        yield from agreed(scheduler, command)
+        try:
+            yield from agreed(scheduler, command)
+        except CommandRefused:
+            if self.group is not None:
+                self.group.updates.drop_staged()
+            raise
         if command.abort_all_requests:
             scheduler.emit(control_weights.abort_all(scheduler))
         if command.retract:

@@ -8,6 +8,7 @@ from quartet.runtime.adapters import LoadAdapter
 from quartet.runtime.control import DecideChange, ReleaseMemory, ResumeMemory, UpdateWeightsFromDisk
 from quartet.runtime.messages import Prepared
 from quartet.scheduler_service.execution.memory_saver import MemorySaver
+from quartet.scheduler_service.weights.update import Updates
 from tests import checkpoints
 from tests.adapters import write_adapter
 from tests.live import Live
@@ -65,12 +66,17 @@ def test_prepared_weights_wait_for_the_decision_and_say_so_once_a_second(
     assert live.worker.weight_version == "B"
 
 
-def test_a_change_that_not_all_make_is_refused_and_leaves_what_serves(live: Live, tmp_path: Path) -> None:
+def test_a_change_that_not_all_make_is_refused_and_leaves_what_serves(
+    live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[Updates] = []
+    monkeypatch.setattr(Updates, "drop_staged", dropped.append)
     id = begun(live, tmp_path)
     live.send(DecideChange(change=id, reason="another one is broken"))
     reply = live.wait(id)
     assert (reply.success, reply.status, reply.message) == (False, 503, "another one is broken")
     assert live.worker.weight_version == "A"
+    assert dropped == [live.updates], "other ranks hold what they have staged until they are told"
     assert live.call(UpdateWeightsFromDisk(model_path=str(tmp_path / "b"), weight_version="B")).success
 
 

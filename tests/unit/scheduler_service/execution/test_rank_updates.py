@@ -84,6 +84,13 @@ def test_what_all_ranks_have_staged_is_committed_by_all(updates: LeadingUpdates,
     assert served_token(updates) == 9
 
 
+def test_what_is_not_served_after_all_the_others_drop(updates: LeadingUpdates, other: Scripted, new: Path) -> None:
+    other.script = [Answer(record.files_of(new))]
+    updates.from_disk(str(new), "auto", None)
+    updates.drop_staged()
+    assert other.heard == [FromDisk(str(new), "auto"), GiveUp()]
+
+
 def test_one_ranks_refusal_is_everybodys(updates: LeadingUpdates, other: Scripted, new: Path) -> None:
     other.script = [Answer(refusal="no room.", status=400)]
     with pytest.raises(CommandRefused, match=r"no room\. \(rank 1\)"):
