@@ -173,12 +173,17 @@ class Schedulers:
         return restarted
 
     def note_reply(self, reply: Reply) -> None:
-        """A reply may say what its scheduler serves now."""
+        """A reply may say what its scheduler serves now.
+
+        It may come before the scheduler's facts, to a command of the gateway before: what it does not say is as it was.
+        """
         body = (reply.success and reply.body) or {}
         if not 0 <= reply.rank < len(self.all):  # of no scheduler: it ends a message that could not be handled
             return
         one = self.all[reply.rank]
-        self._serves(one, served(body, one.served))
+        before = one.served if one.heard else self.reference
+        if before is not None:
+            self._serves(one, served(body, before))
 
     def _serves(self, one: SchedulerState, now: Served) -> None:
         """A scheduler that lives changes what it serves as we say, so that all must serve it from now on."""

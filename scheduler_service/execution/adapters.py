@@ -92,7 +92,9 @@ class AdapterStore(ABC):
         self.known: dict[str, Known] = {}
         self.loaded: dict[str, Any] = {}  # what `pack` has made; least recently used first
         self.leaving: set[str] = set()  # take no more requests
-        self.ending: set[str] = set()  # those of them whose unloading was answered, though requests use them
+        self.ending: set[str] = (
+            set()
+        )  # those of them whose unloading was answered; requests use them, or may come again
         self.versions = 0
         self.version_of: dict[str, str] = {}  # replaced as a whole at each change: plans keep the one of their launch
 
@@ -225,13 +227,18 @@ class AdapterStore(ABC):
         return victim is not None
 
     def victim(self, in_use: Collection[str]) -> str | None:
-        """The adapter to evict; None where all are pinned or in use."""
-        return next((name for name in self.loaded if name not in in_use and not self.known[name].pinned), None)
+        """The adapter to evict, one that ends before others; None where all are pinned or in use."""
+        unused = [name for name in self.loaded if name not in in_use and not self.stays(name)]
+        return min(unused, key=lambda name: name not in self.ending, default=None)
+
+    def stays(self, name: str) -> bool:
+        """Whether an adapter never leaves memory for another: it is pinned, and not unloaded."""
+        return self.known[name].pinned and name not in self.ending
 
     @property
     def all_pinned(self) -> bool:
         """Whether no adapter in memory will ever leave it for another."""
-        return all(self.known[name].pinned for name in self.loaded)
+        return all(map(self.stays, self.loaded))
 
     def evict(self, name: str) -> None:
         self.take_out(name)

@@ -196,8 +196,11 @@ def is_refused(order: Order) -> bool:
 
 def may_be_unloaded(simulation: "Simulation", name: str, call: Call) -> bool:
     """Whether a request may have come behind the end of its adapter, though its client knew of it."""
-    unloads = [order for order in simulation.operator.orders if isinstance(order.command, UnloadAdapter)]
-    return any(o.command.lora_name == name and o.answered > call.opened for o in unloads)
+    for order in simulation.operator.orders:
+        if isinstance(order.command, UnloadAdapter) and order.command.lora_name == name and not is_refused(order):
+            if not is_done(order) or order.answered > call.opened:  # where it was lost, it may go on
+                return True
+    return False
 
 
 def check_adapters(simulation: "Simulation", processes: "list[SchedulerProcess]") -> None:
@@ -209,8 +212,9 @@ def check_adapters(simulation: "Simulation", processes: "list[SchedulerProcess]"
         store = process.adapters
         assert store is not None
         hold(not process.scheduler.adapter_queue, process.key, "has requests that wait for adapters")
-        process.scheduler.planner.deadlines.advance(process.scheduler.now + 1e3, paused=False)
-        process.scheduler.adapter_queue.take_ready()
+        for hours in (1, 2):
+            process.scheduler.planner.deadlines.advance(process.scheduler.now + 3600 * hours, paused=False)
+            process.scheduler.adapter_queue.take_ready()
         hold(not (store.ending or store.leaving), process.key, "has adapters that never end:", store.leaving)
         own = {one.name: one.path for one in store.known.values()}
         hold(own == known, process.key, "knows", own, "and the gateway", known)

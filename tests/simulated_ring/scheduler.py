@@ -300,11 +300,12 @@ class SchedulerProcess(Process):
     def work(self) -> bool:
         if self.at_rest:
             return False
-        before, queue = self.worker.launches, self.scheduler.adapter_queue
-        waited = len(queue)
+        before, queue, live = self.worker.launches, self.scheduler.adapter_queue, self.scheduler.planner.live
+        there = len(queue), len(live)
         self.scheduler.step()
         same = self.worker.launches == before and not self.scheduler.launched
-        self._queue_waits = same and len(queue) == waited and queue._reading is not None and bool(queue._reading.found)
+        was_read = queue._reading is not None and queue._reading.found is not None
+        self._queue_waits = same and was_read and there == (len(queue), len(live))
         self._held_up = same and self.tier is not None and self.tier.holds_up
         return True
 

@@ -70,7 +70,7 @@ def test_a_change_that_not_all_make_is_refused_and_leaves_what_serves(
     live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dropped: list[Updates] = []
-    monkeypatch.setattr(Updates, "drop_staged", dropped.append)
+    monkeypatch.setattr(Updates, "drop_staged", lambda updates: dropped.append(updates))
     id = begun(live, tmp_path)
     live.send(DecideChange(change=id, reason="another one is broken"))
     reply = live.wait(id)
