@@ -141,7 +141,7 @@ class AdapterQueue:
         self._reading = None
 
     def _forget_ended(self, store: "AdapterStore") -> None:
-        """Forget the adapters whose unloading was answered, once no request uses them, nor will one that comes again."""
+        """Forget the adapters whose unloading was answered, a while after the last request that has used them."""
         in_use = self._in_use({request.adapter for request in (*self.requests, *self._to_come())})
         clock_s, since_s = self._planner.deadlines.clock_s, self._unused_since
         self._unused_since = {name: since_s.get(name, clock_s) for name in store.ending - in_use}

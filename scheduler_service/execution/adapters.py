@@ -92,9 +92,7 @@ class AdapterStore(ABC):
         self.known: dict[str, Known] = {}
         self.loaded: dict[str, Any] = {}  # what `pack` has made; least recently used first
         self.leaving: set[str] = set()  # take no more requests
-        self.ending: set[str] = (
-            set()
-        )  # those of them whose unloading was answered; requests use them, or may come again
+        self.ending: set[str] = set()  # those of them whose unloading was answered; requests may use them
         self.versions = 0
         self.version_of: dict[str, str] = {}  # replaced as a whole at each change: plans keep the one of their launch
 

@@ -196,11 +196,9 @@ def is_refused(order: Order) -> bool:
 
 def may_be_unloaded(simulation: "Simulation", name: str, call: Call) -> bool:
     """Whether a request may have come behind the end of its adapter, though its client knew of it."""
-    for order in simulation.operator.orders:
-        if isinstance(order.command, UnloadAdapter) and order.command.lora_name == name and not is_refused(order):
-            if not is_done(order) or order.answered > call.opened:  # where it was lost, it may go on
-                return True
-    return False
+    unloads = [order for order in simulation.operator.orders if isinstance(order.command, UnloadAdapter)]
+    own = [order for order in unloads if order.command.lora_name == name and not is_refused(order)]
+    return any(order.answered > call.opened or not is_done(order) for order in own)  # one that was lost may go on
 
 
 def check_adapters(simulation: "Simulation", processes: "list[SchedulerProcess]") -> None:
