@@ -158,6 +158,7 @@ def test_a_second_call_for_a_group_that_waits_for_its_trainer_is_refused(live: L
         id = live.begin(broadcast(weight_version="B"))
         other.go()
         assert live.wait(id).success and other.read_line() == "sent"
+    assert live.call(DestroyWeightsUpdateGroup()).success
 
 
 def test_groups_that_do_not_exist_are_named(live: Live) -> None:
