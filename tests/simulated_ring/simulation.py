@@ -411,6 +411,7 @@ class Simulation:
     def note(self, role: str, verb: str, messages: Sequence[Message]) -> None:
         if self._trace is not None:
             for text in [line(message) for message in messages] or [""]:
+                text = text.replace(self.run_dir, "")  # another one in each run
                 self._trace(f"{self.agenda.now:9.5f} {role:>11} {verb:6} {text}".rstrip())
 
 
