@@ -189,7 +189,7 @@ class Follower:
                 self.finish_job()
                 self.updates.give_up()
             case JoinGroup() | LeaveGroup():
-                self.meeting = finished(partial(self.updates.do, message), self.channel.send)
+                self.meeting = finished(partial(self.updates.do, message), self.answer_meeting)
             case Start() | Hello() | Answer() | TierReport():
                 raise AssertionError(message)
             case task:
@@ -231,7 +231,8 @@ class Follower:
             message = msgspec.structs.replace(message, directory=directory)
         blocks = KvBlocks(self.steps.cache, message.block_tokens, self.steps.states)
         try:
-            self.tier = FollowingTier(own_part(message, blocks, self.parallel.rank))
+            leads_machine = self.parallel.rank % config.ranks_here == 0
+            self.tier = FollowingTier(own_part(message, blocks, self.parallel.rank, leads_machine))
         except StartupError as error:
             return Answer(refusal=str(error))
         return Answer(facts_of(self.model.weights, blocks))
@@ -262,6 +263,10 @@ class Follower:
         hidden = torch.empty(rows, self.model.hidden_size, dtype=self.model.dtype, device=self.device)
         self.parallel.broadcast(hidden)
         self.model.logits(hidden)
+
+    def answer_meeting(self, answer: Answer) -> None:
+        """Say what came of joining or leaving a process group."""
+        self.channel.send(msgspec.structs.replace(answer, of_meeting=True))
 
     # work in the background
 

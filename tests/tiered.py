@@ -25,8 +25,8 @@ WAIT_S = 60
 class Tiered:
     """An engine and its tier, turn by turn."""
 
-    def __init__(self, engine: Engine, updates: Updates, followers: Followers | None = None) -> None:
-        """`followers`: the other ranks of tensor parallel. Raises StartupError."""
+    def __init__(self, engine: Engine, updates: Updates, followers: Followers | None = None, rank: int = 0) -> None:
+        """`followers`: the other ranks of tensor parallel. `rank`: of several schedulers. Raises StartupError."""
         self.engine, self.updates = engine, updates
         boot = Boot(
             role="scheduler",
@@ -37,6 +37,7 @@ class Tiered:
             ready_fd=-1,
             lifeline_fd=-1,
             parent_pid=0,
+            rank=rank,
         )
         store = tier_store(boot, engine.worker, updates, engine.planner, followers)
         assert isinstance(store, KvTierStore)

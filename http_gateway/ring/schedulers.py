@@ -33,6 +33,10 @@ class Served(msgspec.Struct, frozen=True):
     weight_version: str = ""
     adapters: frozenset[tuple[str, str, bool]] = frozenset()  # name, path, whether it is pinned
 
+    @property
+    def weights(self) -> tuple[str, str]:
+        return self.model_path, self.weight_version
+
 
 @dataclass(slots=True)
 class SchedulerState:
@@ -173,20 +177,30 @@ class Schedulers:
         return restarted
 
     def note_reply(self, reply: Reply) -> None:
-        """A reply may say what its scheduler serves now."""
+        """A reply may say what its scheduler serves now.
+
+        It may come before the scheduler's facts, to a command of the gateway before: what it does not say is as it was.
+        """
         body = (reply.success and reply.body) or {}
         if not 0 <= reply.rank < len(self.all):  # of no scheduler: it ends a message that could not be handled
             return
         one = self.all[reply.rank]
-        self._serves(one, served(body, one.served))
+        if not one.heard and self.reference is not None:
+            one.served = self.reference
+        if one.heard or self.reference is not None:
+            self._serves(one, served(body, one.served))
 
     def _serves(self, one: SchedulerState, now: Served) -> None:
-        """A scheduler that lives changes what it serves as we say, so that all must serve it from now on."""
-        if now == one.served:
+        """A scheduler that lives changes what it serves as we say, so that all must serve it from now on.
+
+        Of what it has not changed, all must serve what they must: it may be behind, and not be given that yet.
+        """
+        before, one.served = one.served, now
+        if now == before or not self.several or one.levelled:
             return
-        one.served = now
-        if self.several and not one.levelled and now != self.reference:
-            self._set_reference(now)
+        reference = now if self.reference is None else changed(self.reference, before, now)
+        if reference != self.reference:
+            self._set_reference(reference)
 
     def _set_reference(self, reference: Served) -> None:
         self.reference = reference
@@ -265,6 +279,15 @@ def best(serving: list[SchedulerState], blocks: list[int]) -> SchedulerState:
     matched = matches[longest.rank]
     counts = matched >= LONG_PREFIX_BLOCKS or (matched and 2 * matched >= len(blocks))
     return longest if counts and longest.requests <= least.requests + MOST_MORE_REQUESTS else least
+
+
+def changed(reference: Served, before: Served, now: Served) -> Served:
+    """The reference with what one scheduler has changed."""
+    weights = reference if before.weights == now.weights else now
+    added, removed = now.adapters - before.adapters, before.adapters - now.adapters
+    names = {name for name, _, _ in added}
+    kept = frozenset(adapter for adapter in reference.adapters - removed if adapter[0] not in names)
+    return Served(weights.model_path, weights.weight_version, kept | added)
 
 
 def served(said: dict[str, Any], before: Served) -> Served:

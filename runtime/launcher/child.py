@@ -15,7 +15,7 @@ import msgspec
 
 from quartet.runtime.errors import StartupError
 from quartet.runtime.messages import process_key, title_of
-from quartet.runtime.process import control_group
+from quartet.runtime.process import control_group, vitals
 from quartet.runtime.process.control_group import Directory
 from quartet.runtime.process.parent_death import arm_death_signal
 from quartet.runtime.process.python_path import python_path
@@ -78,6 +78,12 @@ class Child:
     @property
     def exited(self) -> bool:
         return self.process.poll() is not None
+
+    @property
+    def can_start(self) -> bool:
+        """Whether one that stands by is there, and not stopped by somebody."""
+        found = vitals.read_vitals(self.process.pid)
+        return not self.exited and (found is None or found.state is not vitals.State.STOPPED)
 
     @property
     def fate(self) -> str:

@@ -24,10 +24,11 @@ from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.launcher.child import Child, Service, device_numbers, start
 from quartet.runtime.launcher.lull import LOOK_EVERY_S as LOOK_FOR_LULL_S
 from quartet.runtime.launcher.lull import Lull
-from quartet.runtime.launcher.watchdog import LOOK_EVERY_S, Watchdog
+from quartet.runtime.launcher.watchdog import Watchdog
 from quartet.runtime.process import vitals
 from quartet.runtime.process.memory import in_words, look
 from quartet.runtime.process.progress import ProgressReader
+from quartet.runtime.process.vitals import LOOK_EVERY_S, StopTimer
 from quartet.runtime.service import Boot
 from quartet.runtime.settings import keys
 from quartet.runtime.sockets import endpoint, point_stable_path, stable_path
@@ -121,7 +122,7 @@ class Supervisor:
         self.reason = ""  # the line that explains a status other than CLEAN
         self.draining_until: float | None = None
         self.was_ready = False  # all services were, once
-        self._watchdogs: dict[str, Watchdog] = {}  # by key, of children that are ready
+        self._watchdogs: dict[str, Watchdog | StopTimer] = {}  # by key; a timer for who is not ready yet
         self._deaths: defaultdict[str, deque[float]] = defaultdict(deque)  # by key, within the window
         self._due: dict[str, tuple[float, int]] = {}  # by key: when to start it, and as which epoch
         self._standbys: dict[str, Child] = {}  # by role: one for whichever of its processes dies
@@ -257,7 +258,9 @@ class Supervisor:
     def spawn(self, service: Service, epoch: int = 0) -> Child:
         """Start one incarnation of a service, with the process that stands by for it where there is one."""
         child = self._standbys.pop(service.role, None)
-        if child is not None and child.exited:
+        if child is not None and not child.can_start:
+            child.process.kill()
+            child.process.wait()
             child.close()
             child = None
         child = child or start(service, self.inherited(service))
@@ -332,7 +335,7 @@ class Supervisor:
             if child.exited and self.status is None:
                 child.read_ready()  # its last words may have come after the first look
                 self.look_at_death(child)
-            elif child.ready:
+            elif child.ready or self.was_ready:
                 self.look_at_progress(child)
         self.look_at_standbys()
         self.spawn_due()
@@ -344,13 +347,17 @@ class Supervisor:
             if now - child.hung_at > DUMP_GRACE_S:
                 child.process.kill()
             return
-        if child.key not in self._watchdogs:
-            progress = ProgressReader(str(self.run_dir), child.key)
-            self._watchdogs[child.key] = Watchdog(progress, partial(vitals.read_vitals, child.process.pid))
-        if timeout_s and (hang := self._watchdogs[child.key].reason_to_replace(timeout_s, now)):
+        if timeout_s and (hang := self._watchdog_of(child).reason_to_replace(timeout_s, now)):
             log.error("The %s (pid %d) %s; killing it.", *child.name, hang)
             child.hung_at = now
             child.process.send_signal(signal.SIGABRT)
+
+    def _watchdog_of(self, child: Child) -> Watchdog | StopTimer:
+        known, look = self._watchdogs.get(child.key), partial(vitals.read_vitals, child.process.pid)
+        if child.ready and not isinstance(known, Watchdog):
+            known = Watchdog(ProgressReader(str(self.run_dir), child.key), look)
+        self._watchdogs[child.key] = known = known or StopTimer(look)
+        return known
 
     def end(self, status: ExitStatus, reason: str = "") -> None:
         """Decide the end; the first decision stands."""

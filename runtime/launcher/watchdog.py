@@ -10,10 +10,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
-from quartet.runtime.process.vitals import State, Vitals
+from quartet.runtime.process.vitals import FROZEN_S, LOOK_EVERY_S, State, Vitals
 
-LOOK_EVERY_S = 0.5  # at the progress words
-FROZEN_S = 10.0  # so long a process may be stopped or asleep without a pulse
 SILENT_S = 2.0  # without a pulse, which comes once a second: from then on the kernel is asked
 # Of one core: who ran or waited for it so much did something. Threads that wait for the interpreter wake up 200 times a
 # second to look at it, which takes each 0.2 %.

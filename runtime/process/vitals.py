@@ -3,11 +3,13 @@
 It is known without the process's help, so also of one that does not run.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+FROZEN_S = 10.0  # so long a process may be stopped, or asleep without a sign of life
+LOOK_EVERY_S = 0.5  # at processes that should move
 OWN_WAYS = "ZMQbg/"  # begins the names of threads that never run Python: they move though all others stand still
 
 
@@ -41,6 +43,34 @@ def read_vitals(pid: int, root: Path = Path("/proc")) -> Vitals | None:
     if not threads:
         return None
     return Vitals(max(state for _, state, _ in threads), {thread: active_s for thread, _, active_s in threads})
+
+
+class StopTimer:
+    """How long a process was stopped without a break. For one that shows no signs of life, because it starts.
+
+    Time in which nobody looked does not count: then the whole server was frozen, this process included.
+    """
+
+    def __init__(self, look: Callable[[], Vitals | None]) -> None:
+        """`look`: at its process."""
+        self._look = look
+        self._was_stopped = False
+        self._looked_at = 0.0
+        self._stopped_s = 0.0
+
+    def stopped_s(self, now: float) -> float:
+        """Seconds, up to now; call it every LOOK_EVERY_S."""
+        found = self._look()
+        is_stopped = found is not None and found.state is State.STOPPED
+        passed_s, self._looked_at = min(now - self._looked_at, 2 * LOOK_EVERY_S), now
+        self._stopped_s = self._stopped_s + passed_s if is_stopped and self._was_stopped else 0.0
+        self._was_stopped = is_stopped
+        return self._stopped_s
+
+    def reason_to_replace(self, timeout_s: float, now: float) -> str:
+        """Why the process must be replaced, in words; empty while it may go on. `timeout_s`: --watchdog-timeout."""
+        limit_s = min(timeout_s, FROZEN_S)
+        return f"was stopped for {limit_s:.0f} s while it started" if self.stopped_s(now) > limit_s else ""
 
 
 def _threads(directory: Path) -> Iterator[tuple[int, State, float]]:

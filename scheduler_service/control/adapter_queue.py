@@ -14,12 +14,11 @@ from quartet.runtime.errors import CommandRefused, Kind, RequestError, StartupEr
 from quartet.runtime.messages import Request, Tokenized
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.grammar.matchers import Grammar
-from quartet.scheduler_service.host.background import READING_SLICE_S, run_in_background
 
 if TYPE_CHECKING:  # it loads torch; the object comes with the scheduler
     from quartet.scheduler_service.execution.adapters import AdapterStore, Known, Read
 
-GRACE_S = 60.0  # so long requests of the previous scheduler may take to come again
+GRACE_S = 60.0  # so long requests may take to come again, whose ends were lost with a process of the ring
 NOT_READ = "The adapter {} cannot be read: {}"
 
 
@@ -68,8 +67,7 @@ class AdapterQueue:
         self._waiting: dict[str, Waiting] = {}
         self._reading: Reading | None = None
         self._to_come = to_come
-        self._inherited = frozenset[str]() if store is None else frozenset(store.ending)  # their requests come again
-        self._started_s: float | None = None  # by the clock of time limits, which stands still in a pause
+        self._unused_since: dict[str, float] = {}  # by adapter that ends; the clock of time limits, still in a pause
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -143,13 +141,11 @@ class AdapterQueue:
         self._reading = None
 
     def _forget_ended(self, store: "AdapterStore") -> None:
-        """Forget the adapters whose unloading was answered, once no request uses them."""
-        waiting = {request.adapter for request in (*self.requests, *self._to_come())}
-        ended = store.ending - self._in_use(waiting)
-        clock_s = self._planner.deadlines.clock_s
-        self._started_s = clock_s if self._started_s is None else self._started_s
-        if clock_s - self._started_s < GRACE_S:
-            ended -= self._inherited
+        """Forget the adapters whose unloading was answered, a while after the last request that has used them."""
+        in_use = self._in_use({request.adapter for request in (*self.requests, *self._to_come())})
+        clock_s, since_s = self._planner.deadlines.clock_s, self._unused_since
+        self._unused_since = {name: since_s.get(name, clock_s) for name in store.ending - in_use}
+        ended = [name for name, unused_s in self._unused_since.items() if clock_s - unused_s >= GRACE_S]
         for name in ended:
             store.forget(name)
         if ended:
@@ -195,7 +191,7 @@ class AdapterQueue:
         try:
             if reading is None or reading.known is not known:  # for another one, or it was replaced meanwhile
                 self._abandon_reading()
-                reading = self._reading = Reading(known, run_in_background(lambda: read(store, known), READING_SLICE_S))
+                reading = self._reading = Reading(known, store.in_background(lambda: read(store, known)))
                 next(reading.work)
             elif reading.found is None:
                 reading.work.send(self._planner.prefills_next)

@@ -31,7 +31,6 @@ from quartet.runtime.shorten import short
 from quartet.scheduler_service.control.agreement import agreed
 from quartet.scheduler_service.control.context import Context, Handler, Resumable
 from quartet.scheduler_service.control.weights import exclusive
-from quartet.scheduler_service.host.background import READING_SLICE_S, run_in_background
 from quartet.scheduler_service.weights import wire
 from quartet.scheduler_service.weights.adapters import check_count, most_tensors
 from quartet.scheduler_service.weights.parameters import Layout
@@ -135,7 +134,7 @@ def load_by(context: Context, command: Load, path: str, read: Reader, owned: boo
         yield
     check_name(store, command)
     try:
-        directory, found = yield from run_in_background(lambda: refusing(name, read), READING_SLICE_S)
+        directory, found = yield from store.in_background(lambda: refusing(name, read))
         try:
             check_name(store, command)
             if name not in store.known or (command.pinned and name not in store.loaded):  # else it needs no memory now
@@ -175,8 +174,8 @@ def check_name(store: "AdapterStore", command: Load) -> None:
         raise CommandRefused(BEING_UNLOADED.format(name))
     if name in store.known and not command.load_inplace:
         raise CommandRefused(ALREADY_LOADED.format(name))
-    if name not in store.known and len(store.known) >= MAX_ADAPTERS:
-        raise CommandRefused(TOO_MANY.format(len(store.known)))
+    if name not in store.known and len(store.known) - len(store.ending) >= MAX_ADAPTERS:
+        raise CommandRefused(TOO_MANY.format(len(store.known) - len(store.ending)))
 
 
 def discard_payload(command: Load) -> None:
@@ -187,27 +186,32 @@ def discard_payload(command: Load) -> None:
 
 
 def unload(context: Context, command: UnloadAdapter) -> Resumable:
-    """Take no more requests for an adapter, wait for those that use it, then forget it.
+    """Take no more requests for an adapter, and wait for those that use it.
 
-    While no step runs there is nothing to wait for: `AdapterQueue` forgets it when they have ended.
+    While no step runs there is nothing to wait for. `AdapterQueue` forgets it a while after the last of them has ended:
+    its end may be lost with a process of the ring, and then it comes again.
     """
     store, name = store_of(context), command.lora_name
-    if name not in store.known:
+    users = users_of(context, name)
+    if name not in store.known or (name in store.ending and not users):
         raise CommandRefused(NOT_LOADED.format(name))
     if name in store.leaving:
         raise CommandRefused(BEING_UNLOADED.format(name))
     store.leave(name)
     context.tell_state()
-    while users := sum(request.adapter == name for request in context.requests):
-        if context.planner.paused or context.planner.asleep:
-            store.end_later(name)
-            log.info("the adapter %s goes with the last of %d requests that wait; no step runs now", name, users)
-            return answer(store, command)
+    while (users := users_of(context, name)) and not (context.planner.paused or context.planner.asleep):
         yield
-    store.forget(name)
-    context.adapters_changed()
-    log.info("unloaded the adapter %s", name)
+    store.end_later(name)
+    if users:
+        log.info("the adapter %s goes with the last of %d requests that wait; no step runs now", name, users)
+    else:
+        log.info("unloaded the adapter %s", name)
     return answer(store, command)
+
+
+def users_of(context: Context, name: str) -> int:
+    """How many requests name an adapter."""
+    return sum(request.adapter == name for request in context.requests)
 
 
 def answer(store: "AdapterStore", command: ControlCommand) -> list[Message]:

@@ -52,6 +52,9 @@ def once_ranks_are_free(context: Context, command: ControlCommand, act: Act) -> 
 
 def release_together(context: Context, command: ReleaseMemory) -> Resumable:
     """Release it once all schedulers can; no request begins while they are asked."""
+    while saver_of(context).must_wait:  # steps go on
+        yield
+    check_unused(context)
     context.planner.asleep = True
     try:
         yield from agreed(context, command)

@@ -94,8 +94,12 @@ def swap(
     context: Context, updates: "Updates", staged: "Staged", command: WeightChange
 ) -> Generator[None, bool | None, int]:
     """Put staged values in place, between two steps. Returns how many requests were paused meanwhile."""
-    refuse_unless_expected(context, command)
-    yield from agreed(context, command)
+    try:
+        refuse_unless_expected(context, command)
+        yield from agreed(context, command)
+    except CommandRefused:
+        updates.drop_staged()
+        raise
     planner = context.planner
     if command.abort_all_requests:
         context.emit(abort_all(context))

@@ -12,7 +12,7 @@ import itertools
 import logging
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from quartet.runtime.adapters import Adapter, LoadAdapterFromDistributed
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.scheduler_service.core.plan import Plan
-from quartet.scheduler_service.host.background import yield_point
+from quartet.scheduler_service.host.background import READING_SLICE_S, run_in_background, yield_point
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.cpu_backend import CpuBackend
 from quartet.scheduler_service.model.decoder import Decoder
@@ -39,6 +39,8 @@ from quartet.scheduler_service.weights.distributed import Groups, receive_adapte
 from quartet.scheduler_service.weights.file_identity import FileIdentity
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 RECORD = "adapters.json"
 NOT_ON_THIS_MODEL = (
@@ -90,7 +92,7 @@ class AdapterStore(ABC):
         self.known: dict[str, Known] = {}
         self.loaded: dict[str, Any] = {}  # what `pack` has made; least recently used first
         self.leaving: set[str] = set()  # take no more requests
-        self.ending: set[str] = set()  # those of them whose unloading was answered, though requests use them
+        self.ending: set[str] = set()  # those of them whose unloading was answered; requests may use them
         self.versions = 0
         self.version_of: dict[str, str] = {}  # replaced as a whole at each change: plans keep the one of their launch
 
@@ -144,6 +146,10 @@ class AdapterStore(ABC):
         with torch.inference_mode(), one_thread():
             tensors = read_adapter(directory, self.layout, self.dtype, config.max_lora_rank, config.lora_target_modules)
             return Read(tensors.rank, identity, self.pack(tensors))
+
+    def in_background(self, work: Callable[[], Result]) -> Generator[None, bool | None, Result]:
+        """Read in the background: see `run_in_background`."""
+        return run_in_background(work, READING_SLICE_S)
 
     @abstractmethod
     def pack(self, tensors: AdapterTensors) -> Any:
@@ -219,13 +225,18 @@ class AdapterStore(ABC):
         return victim is not None
 
     def victim(self, in_use: Collection[str]) -> str | None:
-        """The adapter to evict; None where all are pinned or in use."""
-        return next((name for name in self.loaded if name not in in_use and not self.known[name].pinned), None)
+        """The adapter to evict, one that ends before others; None where all are pinned or in use."""
+        unused = [name for name in self.loaded if name not in in_use and not self.stays(name)]
+        return min(unused, key=lambda name: name not in self.ending, default=None)
+
+    def stays(self, name: str) -> bool:
+        """Whether an adapter never leaves memory for another: it is pinned, and not unloaded."""
+        return self.known[name].pinned and name not in self.ending
 
     @property
     def all_pinned(self) -> bool:
         """Whether no adapter in memory will ever leave it for another."""
-        return all(self.known[name].pinned for name in self.loaded)
+        return all(map(self.stays, self.loaded))
 
     def evict(self, name: str) -> None:
         self.take_out(name)

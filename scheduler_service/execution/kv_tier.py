@@ -239,7 +239,8 @@ def tier_store(
     ranks = 1 if followers is None else followers.parallel.size
     opening = OpenTier(sizes.block_tokens, sizes.memory_blocks, sizes.most_fetched, ranks, directory_of(boot))
     part: OwnPart | LeadingPart = own_part(opening, blocks)
-    drop_former(config)
+    if not boot.rank:  # one of several schedulers does it for all
+        drop_former(config)
     facts = [facts_of(worker.model.weights, blocks), f"deterministic {config.enable_deterministic_inference}"]
     if followers is not None:
         part = LeadingPart(part, followers)

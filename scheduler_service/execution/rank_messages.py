@@ -252,9 +252,11 @@ class Answer(msgspec.Struct, tag=True):
     value: Any = None
     refusal: str = ""  # why it was not done
     status: int = 400  # of the refusal
+    of_meeting: bool = False  # the task was one of `Meeting`, beside which others are answered
 
 
-InGroup = JoinGroup | LeaveGroup | Receive | ReceiveAdapter
+Meeting = JoinGroup | LeaveGroup
+InGroup = Meeting | Receive | ReceiveAdapter
 Task = FromDisk | Collect | Finish | Part | Snapshot | Differing | Randomize | Reread | InGroup
 Memory = Release | Resume
 Adapters = ReadAdapter | TakeAdapter | DropAdapter

@@ -46,9 +46,10 @@ from quartet.scheduler_service.weights.distributed import failed_to_join, receiv
 from quartet.scheduler_service.weights.inspection import Inspection
 from quartet.scheduler_service.weights.manifest import Manifest
 from quartet.scheduler_service.weights.parameters import Packed, Weights, checksum_of
+from quartet.scheduler_service.weights.refusals import INTERNAL, NOT_LOADED, NOT_OPENED, refused_as
 from quartet.scheduler_service.weights.reread import reread as again
 from quartet.scheduler_service.weights.staging import on_one_thread
-from quartet.scheduler_service.weights.update import INTERNAL, NOT_LOADED, NOT_OPENED, Staged, Updates, refused_as
+from quartet.scheduler_service.weights.update import Staged, Updates
 
 Result = TypeVar("Result")
 
@@ -135,6 +136,10 @@ class LeadingUpdates(Updates):
         self.followers.tell(Commit())
         return super().swap(staged, version)
 
+    def drop_staged(self) -> None:
+        """See Updates.drop_staged: the others hold it."""
+        self.followers.tell(GiveUp())
+
     def close_session(self) -> None:
         """See Updates.close_session."""
         self.followers.tell(GiveUp())
@@ -158,7 +163,7 @@ class LeadingUpdates(Updates):
         if command.group_name in self.groups:
             raise failed_to_join(f"the group {short(command.group_name)} exists already")
         try:
-            self.followers.together(JoinGroup(command), partial(super().join_group, command))
+            self.followers.meet(JoinGroup(command), partial(super().join_group, command))
         except CommandRefused:
             self.leave_group(command.group_name)
             raise
@@ -166,7 +171,7 @@ class LeadingUpdates(Updates):
     def leave_group(self, name: str) -> None:
         """See Updates.leave_group."""
         own = partial(super().leave_group, name) if name in self.groups else lambda: None
-        self.followers.together(LeaveGroup(name), own)
+        self.followers.meet(LeaveGroup(name), own)
 
 
 class LeadingInspection(Inspection):

@@ -10,6 +10,7 @@ inside an operation, where the launcher's watchdog finds it. The launcher starts
 
 import logging
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import torch
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.process import vitals
 from quartet.runtime.process.parent_death import arm_death_signal
 from quartet.runtime.service import EXIT_STARTUP, REPORTED, Boot, refuse
 from quartet.scheduler_service.core.plan import Plan
@@ -40,6 +42,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     Answer,
     Channel,
     Logits,
+    Meeting,
     Message,
     Pool,
     Start,
@@ -57,6 +60,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MODULE = "quartet.scheduler_service.follower"
+LOOK_S = 0.01  # whether ranks have met a trainer
 OWN_WORDS_S = 2.0  # rank 0 has the same cause to refuse a start as the others, and says it itself
 
 
@@ -67,12 +71,14 @@ class Followers:
         """`channels`: of ranks 1, 2, ..."""
         self.parallel = parallel
         self.channels = channels
-        self._asking = Turn()
+        self._asking = Turn()  # to receive
+        self._meeting = threading.Lock()
         self._reports: deque[TierReport] = deque()  # that came while an answer was waited for
+        self._met: list[deque[Answer]] = [deque() for _ in channels]  # likewise, of meetings
 
     @property
     def busy(self) -> bool:
-        """Whether they are asked something and have not all answered."""
+        """Whether they are asked something and have not all answered; meetings do not count."""
         return self._asking.taken
 
     def tell(self, message: Message) -> None:
@@ -82,27 +88,39 @@ class Followers:
 
     def answers(self) -> list[Answer]:
         """Wait for what came of a task, from each. Raises ConnectionError when one has ended."""
-        return [self._answer_of(channel) for channel in self.channels]
+        return [self._answer_of(number) for number in range(len(self.channels))]
 
-    def _answer_of(self, channel: Channel) -> Answer:
-        while not isinstance(found := channel.receive(), Answer):
-            if not isinstance(found, TierReport):
+    def _answer_of(self, number: int) -> Answer:
+        while True:
+            found = self.channels[number].receive()
+            if isinstance(found, Answer) and not found.of_meeting:
+                return found
+            self._put_by(number, found)
+
+    def _put_by(self, number: int, found: Message | None) -> None:
+        """Keep what somebody else waits for."""
+        match found:
+            case TierReport():
+                self._reports.append(found)
+            case Answer(of_meeting=True):
+                self._met[number].append(found)
+            case _:
                 raise ConnectionError("a rank has ended")
-            self._reports.append(found)
-        return found
+
+    def _look(self) -> None:
+        """Take what has come; not while somebody waits for an answer, who takes that too."""
+        if not self._asking.take(wait=False):
+            return
+        try:
+            for number, channel in enumerate(self.channels):
+                while channel.waits(0):
+                    self._put_by(number, channel.receive())
+        finally:
+            self._asking.leave()
 
     def reports(self) -> Iterator[TierReport]:
         """What the others have reported by now. Raises ConnectionError when one has ended."""
-        if self._asking.take(wait=False):  # else whoever waits for an answer takes them
-            try:
-                for channel in self.channels:
-                    while channel.waits(0):
-                        found = channel.receive()
-                        if not isinstance(found, TierReport):
-                            raise ConnectionError("a rank has ended")
-                        self._reports.append(found)
-            finally:
-                self._asking.leave()
+        self._look()
         while self._reports:
             yield self._reports.popleft()
 
@@ -117,10 +135,31 @@ class Followers:
                 result = own()
             finally:
                 answers = self.answers()
-        for rank, answer in enumerate(answers, 1):
-            if answer.refusal:
-                raise CommandRefused(f"{answer.refusal} (rank {rank})", answer.status)
-        return result, [answer.value for answer in answers]
+        return result, agreed_values(answers)
+
+    def meet(self, task: Meeting, own: Callable[[], None]) -> None:
+        """Have all ranks meet a trainer, who may let them wait: beside what else they are asked; one at a time.
+
+        Raises as `together` does. Runs in the background.
+        """
+        with self._meeting:
+            self.tell(task)
+            try:
+                own()
+            finally:
+                while not all(self._met):
+                    time.sleep(LOOK_S)
+                    self._look()
+                answers = [answers.popleft() for answers in self._met]
+        agreed_values(answers)
+
+
+def agreed_values(answers: Sequence[Answer]) -> list[Any]:
+    """What came of a task, by rank. Raises CommandRefused where one has refused it."""
+    for rank, answer in enumerate(answers, 1):
+        if answer.refusal:
+            raise CommandRefused(f"{answer.refusal} (rank {rank})", answer.status)
+    return [answer.value for answer in answers]
 
 
 def parallel_of(config: ResolvedConfig, rank: int) -> Parallel:
@@ -167,7 +206,11 @@ def start_follower(boot: Boot, rank: int) -> Channel:
 
 
 def watch(boot: Boot, rank: int, process: "subprocess.Popen[bytes]") -> NoReturn:
-    """End this process, and so the group, when a rank has ended."""
+    """End this process, and so the group, when a rank has ended, or was stopped for long."""
+    stopped = has_ended_or_was_stopped(process, boot.config.watchdog_timeout)
+    if stopped:
+        log.critical("Rank %d (pid %d) %s; killing it.", rank, process.pid, stopped)
+        process.kill()
     status = process.wait()
     if boot.ready_fd != REPORTED:
         time.sleep(OWN_WORDS_S)
@@ -176,6 +219,25 @@ def watch(boot: Boot, rank: int, process: "subprocess.Popen[bytes]") -> NoReturn
         os._exit(EXIT_STARTUP)
     log.critical("Rank %d (pid %d) ended with status %d. Ending the group.", rank, process.pid, status)
     os._exit(LOST)
+
+
+def has_ended_or_was_stopped(process: "subprocess.Popen[bytes]", timeout_s: float) -> str:
+    """Wait for either; how long it was stopped, in words; empty: it has ended. `timeout_s`: --watchdog-timeout.
+
+    The launcher sees rank 0 only, whose pulse goes on while it waits for the others.
+    """
+    timer = vitals.StopTimer(partial(vitals.read_vitals, process.pid))
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        while not poll.poll(vitals.LOOK_EVERY_S * 1000):
+            limit_s, stopped_s = min(timeout_s, vitals.FROZEN_S), timer.stopped_s(time.monotonic())
+            if 0 < limit_s < stopped_s:
+                return f"was stopped for {stopped_s:.0f} s"
+        return ""
+    finally:
+        os.close(pidfd)
 
 
 def load_part(

@@ -6,8 +6,9 @@ threads of `BlockIO`. It decides nothing: see `core/tier_acts.py`.
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from quartet.scheduler_service.core.tier_acts import (
 from quartet.scheduler_service.execution.kv_blocks import KvBlocks, MemoryBlocks
 from quartet.scheduler_service.execution.rank_messages import OpenTier
 from quartet.scheduler_service.host import block_io
-from quartet.scheduler_service.host.block_files import NOT_USABLE, BlockFiles
+from quartet.scheduler_service.host.block_files import NOT_USABLE, BlockFiles, drop_former_ranks
 from quartet.scheduler_service.host.block_io import BlockIO
 from quartet.scheduler_service.host.transfer import Arrival, fetch
 from quartet.scheduler_service.weights.inspection import Inspection
@@ -156,23 +157,27 @@ class OwnPart:
             self._io.write(command.key, command.serial, copy.host.numpy().data, copy.arrival.wait)
 
 
-def own_part(opening: OpenTier, blocks: KvBlocks, rank: int = 0) -> OwnPart:
-    """The part of one rank. Raises StartupError where its directory cannot be used."""
+def own_part(opening: OpenTier, blocks: KvBlocks, rank: int = 0, leads_machine: bool = True) -> OwnPart:
+    """The part of one rank. Raises StartupError where its directory cannot be used.
+
+    `leads_machine`: it is the first rank of its machine, and deletes what ranks that are no more have left there.
+    """
     files = None
     if opening.directory is not None:
         directory = Path(opening.directory)
         files = BlockFiles(directory / f"rank{rank}" if rank else directory, blocks.block_bytes)
-        if not rank:
-            drop_ranks(files, opening.ranks)
+        if leads_machine:
+            drop = partial(drop_former_ranks, directory) if rank else files.drop_ranks
+            drop_ranks(drop, opening.ranks, directory)
     return OwnPart(blocks, opening.memory_blocks, opening.most_copied, files)
 
 
-def drop_ranks(files: BlockFiles, first: int) -> None:
+def drop_ranks(drop: Callable[[int], None], first: int, directory: Path) -> None:
     """See BlockFiles.drop_ranks. Raises StartupError."""
     try:
-        files.drop_ranks(first)
+        drop(first)
     except OSError as error:
-        raise StartupError(NOT_USABLE.format(files.directory, error.strerror)) from error
+        raise StartupError(NOT_USABLE.format(directory, error.strerror)) from error
 
 
 def facts_of(weights: Weights, blocks: KvBlocks) -> str:

@@ -63,6 +63,17 @@ def drop_unused(directory: Path) -> None:
             files.drop_all()
 
 
+def drop_former_ranks(directory: Path, first: int) -> None:
+    """Delete the blocks of ranks from this number on, but for those that a server has now. Raises OSError.
+
+    For a machine whose ranks have directories in this one and not the directory itself.
+    """
+    for entry in list(os.scandir(directory)):
+        found = RANK.fullmatch(entry.name)
+        if found and int(found[1]) >= first and entry.is_dir(follow_symlinks=False):
+            drop_unused(Path(entry.path))
+
+
 class BlockFiles:
     """The files of one directory, which this process has for itself. Raises StartupError."""
 

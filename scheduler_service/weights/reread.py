@@ -5,14 +5,9 @@ from pathlib import Path
 import msgspec
 
 from quartet.scheduler_service.weights import pickled, record, staging
+from quartet.scheduler_service.weights.refusals import NOT_LOADED, NOT_OPENED, refused_as
 from quartet.scheduler_service.weights.staging import on_one_thread
-from quartet.scheduler_service.weights.update import (
-    NOT_LOADED,
-    NOT_OPENED,
-    Staged,
-    Updates,
-    refused_as,
-)
+from quartet.scheduler_service.weights.update import Staged, Updates
 
 
 @on_one_thread

@@ -11,8 +11,8 @@ because fresh memory costs more than anything else in an update.
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ from quartet.scheduler_service.weights.inspection import Inspection
 from quartet.scheduler_service.weights.manifest import Manifest
 from quartet.scheduler_service.weights.parameters import Packed, Weights
 from quartet.scheduler_service.weights.record import Committed
+from quartet.scheduler_service.weights.refusals import INTERNAL, NO_LOADER, NOT_LOADED, NOT_OPENED, refused_as
 from quartet.scheduler_service.weights.session import Session
 from quartet.scheduler_service.weights.staging import on_one_thread
 
@@ -59,13 +60,8 @@ log = logging.getLogger(__name__)
 
 Collect = Callable[[], None]
 
-NOT_OPENED = "Failed to get weights iterator: {}."
-NOT_LOADED = "Failed to update weights: {}.\nRolling back to original weights."
-INTERNAL = "Internal error: {}"
-NO_LOADER = "Failed to get model loader: {}."
 TENSOR_FORMATS = {None: wire.named_tensors, "direct": wire.named_tensors, "flattened_bucket": wire.bucket_tensors}
 BROADCAST_FORMATS = (None, "flattened_bucket")
-REFUSED_ERRORS = (CheckpointError, OSError, MemoryError, RuntimeError)  # torch: RuntimeError when memory is short
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +88,7 @@ class Updates:
         self.inspection = Inspection(live)
         self.session: Session | None = None
         self.groups: dict[str, torch.distributed.ProcessGroup] = {}
+        self.joining: set[str] = set()  # names of groups that wait for their trainer
         self.lost: set[str] = set()  # tensors whose values were lost when their memory was released
         self.commands: deque[object] = deque()  # those that need the weights for themselves, in order; the first runs
         self.committed = Committed(
@@ -234,9 +231,8 @@ class Updates:
         """A function that collects the tensors a trainer is about to broadcast. Raises CommandRefused for misfits."""
         group = self.groups.get(command.group_name)
         if group is None:
-            raise CommandRefused(
-                ONLINE_FAILED.format(f"there is no group {short(command.group_name)}; initialize it first")
-            )
+            reason = f"there is no group {short(command.group_name)}; initialize it first"
+            raise CommandRefused(ONLINE_FAILED.format(reason))
         if command.load_format not in BROADCAST_FORMATS:
             raise CommandRefused(ONLINE_FAILED.format(f"load_format {short(command.load_format)} is not supported"))
         with refused_as(ONLINE_FAILED):
@@ -338,6 +334,9 @@ class Updates:
 
     # swap: between two steps
 
+    def drop_staged(self) -> None:
+        """What was staged is not served after all. Here nothing holds it."""
+
     def swap(self, staged: Staged, version: str) -> Packed:
         """Serve the staged values. Returns memory that is no longer needed, for `after_swap`."""
         old = self.live.take_over(staged.weights, staged.names, staged.packed)
@@ -388,13 +387,3 @@ class Updates:
 
     def leave_group(self, name: str) -> None:
         distributed.leave(self.groups.pop(name))
-
-
-@contextmanager
-def refused_as(form: str) -> Iterator[None]:
-    """Raise errors of weights, files and memory as CommandRefused, with their reason in this form."""
-    try:
-        yield
-    except REFUSED_ERRORS as error:
-        reason = short(str(error).strip().split("\n")[0].rstrip("."), 1000) or type(error).__name__
-        raise CommandRefused(form.format(reason)) from error

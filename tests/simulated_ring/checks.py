@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING
 from quartet.detokenizer_service.stream import Stream
 from quartet.http_gateway.ring.admission import BLOCKED_REQUEST
 from quartet.http_gateway.ring.quarantine import POISON_REQUEST, SUSPICIOUS_DEATHS
+from quartet.runtime.adapters import NEVER_LOADED
 from quartet.runtime.control import COMMAND_LOST, UpdateWeightsFromDisk
 from quartet.runtime.errors import RequestError
-from quartet.runtime.messages import Generate, Reply, Text, unpack_ids
+from quartet.runtime.messages import Generate, Reply, Request, Text, unpack_ids
+from quartet.scheduler_service.control.adapter_queue import NOT_READ
 from quartet.scheduler_service.core.kv_tier import KvTier
 from tests.fakes import FAKE_VECTOR, FakeGrammar, fake_logprob
+from tests.simulated_ring.adapters import check_adapters, check_text, may_be_unloaded
+from tests.simulated_ring.faults import hold
 from tests.simulated_ring.load import VOCAB_SIZE, Call, Order, tokenizer, vocabulary
 from tests.simulated_ring.scheduler import SchedulerProcess, drawn
 from tests.simulated_ring.services import ROLES
@@ -20,15 +24,6 @@ if TYPE_CHECKING:
     from tests.simulated_ring.simulation import Simulation
 
 PROMPT_TAIL = 8
-
-
-class Fault(AssertionError):
-    """The ring did what it must not do."""
-
-
-def hold(condition: object, *said: object) -> None:
-    if not condition:
-        raise Fault(" ".join(map(str, said)))
 
 
 def check(simulation: "Simulation") -> None:
@@ -63,20 +58,21 @@ def check_answer(simulation: "Simulation", call: Call, generate: Generate, texts
     rid = generate.request.rid
     ends = [i for i, text in enumerate(texts) if text.tokens.finish]
     hold(ends == [len(texts) - 1] if call.done else len(ends) < 2, rid, "ended at", ends, "of", len(texts))
-    check_tokens(generate, texts)
+    check_tokens(simulation, call, generate, texts)
     if ends:
         check_end(simulation, call, generate, texts)
 
 
-def check_tokens(generate: Generate, texts: list[Text]) -> None:
-    """Every token is the one that the weights of its label give, and is scored; the prompt is scored once."""
+def check_tokens(simulation: "Simulation", call: Call, generate: Generate, texts: list[Text]) -> None:
+    """Every token is the one that weights and adapter of its labels give, and is scored; the prompt is scored once."""
     request, grammar = generate.request, grammar_of(generate)
     ids = prompt_of(generate)
     prompt_len = len(ids)
     for text in texts:
         made = unpack_ids(text.tokens.ids)
+        label = text.tokens.weight_version + check_text(simulation, call, generate, text)
         for token in made:
-            expected = drawn(ids, request.seed, text.tokens.weight_version, VOCAB_SIZE)
+            expected = drawn(ids, request.seed, label, VOCAB_SIZE)
             if grammar is not None:
                 expected = grammar.drawn(len(ids) - prompt_len, expected)
             hold(token == expected, request.rid, "has token", token, "for", expected, "at", len(ids))
@@ -117,7 +113,7 @@ def check_end(simulation: "Simulation", call: Call, generate: Generate, texts: l
         hold(call.unwanted or ended_by_command, request.rid, "was aborted by nobody:", finish.message)
         return
     if finish.reason == "error":
-        check_error(simulation, call, request.rid, finish.message, bool(ids))
+        check_error(simulation, call, request, finish.message, bool(ids))
         return
     hold(not is_poison(call, generate), request.rid, "has poisoned nobody")
     if request.task == "embed":
@@ -153,7 +149,15 @@ def is_poison(call: Call, generate: Generate) -> bool:
     return bool(call.poison) and generate is call.batch[0]
 
 
-def check_error(simulation: "Simulation", call: Call, rid: str, message: str, has_output: bool) -> None:
+def check_error(simulation: "Simulation", call: Call, request: Request, message: str, has_output: bool) -> None:
+    rid, adapter = request.rid, request.adapter
+    if adapter and message == NEVER_LOADED.format(adapter):
+        hold(may_be_unloaded(simulation, adapter, call), rid, "has lost an adapter that nobody has unloaded")
+        hold(not has_output, rid, "has lost its adapter")
+        return
+    if adapter and simulation.adapters is not None and message.startswith(NOT_READ.format(adapter, "")):
+        hold(simulation.adapters.fails, rid, "failed:", message)
+        return
     poison = {POISON_REQUEST.format(role=role): role for role in ROLES}
     if message in poison:
         role = poison[message]
@@ -197,9 +201,10 @@ def check_leftovers(simulation: "Simulation") -> None:
     detokenizer = processes["detokenizer"].detokenizer
     for kept, what in ((detokenizer._streams, "streams"), (detokenizer._stopped, "stopped streams")):
         hold(not set(kept) - {RID, *TEXTS}, what, "left:", list(kept))  # no scheduler will end a forged one
-    for process in processes.values():
-        if isinstance(process, SchedulerProcess):
-            check_scheduler(simulation, process)
+    schedulers = [process for process in processes.values() if isinstance(process, SchedulerProcess)]
+    for process in schedulers:
+        check_scheduler(simulation, process)
+    check_adapters(simulation, schedulers)
 
 
 def check_scheduler(simulation: "Simulation", process: SchedulerProcess) -> None:
@@ -211,10 +216,12 @@ def check_scheduler(simulation: "Simulation", process: SchedulerProcess) -> None
     if process.group is not None:
         for rank in process.group.ranks:
             hold(rank.at_rest and not rank.hung, process.key, "has a rank that does not rest")
+            hold(rank.updates.staged is None, process.key, "has a rank that keeps what nobody will serve")
             hold(rank.serves == process.worker.weight_version, process.key, "rank", rank.rank, "serves", rank.serves)
     if process.tier is not None:
         check_tier(process, process.tier.tier)
     hold(not planner.paused and not gateway.paused, "still paused:", planner.paused, gateway.paused)
+    hold(not planner.asleep and not gateway.asleep, "still asleep:", planner.asleep, gateway.asleep)
     serves, shown = process.worker.weight_version, gateway.weight_version
     hold(serves == shown == process.disk.weight_version, process.key, "serves", serves, "shows", shown)
     hold(

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
+from typing import Protocol
 
 from quartet.scheduler_service.core.block_keys import digest
 from quartet.scheduler_service.core.kv_tier import TierSizes
@@ -149,10 +150,15 @@ class Cells:
                 own[page * size : (page + 1) * size] = new[place * size : (place + 1) * size]
 
 
+class Saver(Protocol):
+    """What releases memory."""
+
+    @property
+    def holds_kv_cache(self) -> bool: ...
+
+
 class VirtualPart:
     """As `execution.tier_part.OwnPart` has it."""
-
-    is_there = True
 
     def __init__(
         self,
@@ -170,7 +176,13 @@ class VirtualPart:
         self.ready: list[Written | Brought] = []
         self.dead = False  # its process has ended
         self._agenda, self._random, self._serves = agenda, random, serves
+        self.suffixes: tuple[str, ...] = ("",)  # what adapters may add to the label of the weights
+        self.saver: Saver | None = None  # of the pool's memory; None: it is always there
         self._jobs: deque[Callable[[], None]] = deque()  # of the writer, in order
+
+    @property
+    def is_there(self) -> bool:
+        return self.saver is None or not self.saver.holds_kv_cache
 
     @property
     def busy(self) -> bool:
@@ -219,6 +231,7 @@ class VirtualPart:
         for key in keys:
             block = brought[key] if key in brought else self.memory[key]
             self._check(block, "comes back")
+            assert len(set(block[1])) == 1, "KV of two adapters comes back"
             tokens += block[0]
             marks += block[1]
         return tokens, marks
@@ -240,7 +253,8 @@ class VirtualPart:
                 self._later(lambda: self.disk.blocks.pop(key, None))
 
     def _check(self, content: Content, what: str) -> None:
-        assert set(content[1]) == {mark_of(self._serves())}, f"KV of other weights {what}"
+        right = {mark_of(self._serves() + suffix) for suffix in self.suffixes}
+        assert right.issuperset(content[1]), f"KV of other weights {what}"
 
     def _later(self, job: Callable[[], object]) -> None:
         self._jobs.append(lambda: void(job()))

@@ -11,13 +11,20 @@ from quartet.http_gateway.main import ATTEMPTS_OF_A_GATEWAY
 from quartet.http_gateway.ring.journal import JournalEntry
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.gateway import Gateway
-from quartet.runtime.control import ContinueGeneration, ControlCommand, PauseGeneration, UpdateWeightsFromDisk
+from quartet.runtime.control import (
+    ContinueGeneration,
+    ControlCommand,
+    PauseGeneration,
+    ReleaseMemory,
+    ResumeMemory,
+    UpdateWeightsFromDisk,
+)
 from quartet.runtime.messages import Message, Reply, Text
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.sockets import decode, encode
 from tests.configs import resolved
-from tests.simulated_ring.checks import hold
 from tests.simulated_ring.clock import Agenda, TurnLoop
+from tests.simulated_ring.faults import hold
 from tests.simulated_ring.load import VOCAB_SIZE, Call, Operator
 from tests.simulated_ring.services import FIRST_VERSION, GATEWAY, Killed, Process
 from tests.simulated_ring.trace import serial
@@ -42,6 +49,7 @@ class Watch:
 
     def __init__(self, operator: Operator) -> None:
         self.paused = False  # for sure: a pause was answered, and nothing was sent since that ends it
+        self.asleep = False  # likewise: memory was released
         self.weight_version: str | None = FIRST_VERSION  # for sure: an update was answered, and none was sent since
         self.ended_before = 0  # serial of a pause that has ended all requests before it
         self._operator = operator
@@ -50,6 +58,7 @@ class Watch:
         """As quartet.http_gateway.http.metrics.Metrics."""
         tokens = text.tokens
         hold(not (tokens.ids and self.paused), tokens.rid, "goes on in a pause")
+        hold(not (tokens.ids and self.asleep), tokens.rid, "goes on without memory")
         hold(not (tokens.ids and entry.serial < self.ended_before), tokens.rid, "goes on though a pause has ended it")
         if tokens.ids and self.weight_version is not None:
             right = tokens.weight_version == self.weight_version
@@ -59,6 +68,8 @@ class Watch:
         match command:
             case ContinueGeneration():
                 self.paused = False
+            case ResumeMemory():
+                self.asleep = False
             case UpdateWeightsFromDisk():
                 self.weight_version = None
 
@@ -68,6 +79,8 @@ class Watch:
             case PauseGeneration() as pause if reply.success:
                 self.paused = True
                 self.ended_before = int(serial(reply.id)) if pause.ends_requests else self.ended_before
+            case ReleaseMemory() if reply.success:
+                self.asleep = True
             case UpdateWeightsFromDisk(weight_version=version) if reply.success:
                 self.weight_version = version
 
@@ -76,7 +89,13 @@ class GatewayProcess(Process):
     """As `quartet.http_gateway.main.serve` has it, without HTTP: clients are tasks of its loop."""
 
     def __init__(
-        self, agenda: Agenda, watch: Watch, is_dead: Callable[[int], bool], run_dir: str, **place: Any
+        self,
+        agenda: Agenda,
+        watch: Watch,
+        is_dead: Callable[[int], bool],
+        run_dir: str,
+        has_adapters: bool,
+        **place: Any,
     ) -> None:
         super().__init__(role=GATEWAY, **place)
         self.loop = TurnLoop(agenda)
@@ -87,6 +106,7 @@ class GatewayProcess(Process):
         self._arrived: asyncio.Future[None] | None = None
         self.watched: dict[int, Callable[[], None]] = {}  # by process number
         self._is_dead, self._run_dir = is_dead, run_dir
+        self._config = msgspec.structs.replace(CONFIG, enable_lora=has_adapters)
         self._inbox.tell(self._on_arrival)
         self.loop.create_task(self._serve())
 
@@ -109,7 +129,7 @@ class GatewayProcess(Process):
         if self.epoch:
             await ring.introduce()
         facts = await ring.facts()
-        self.gateway = Gateway(CONFIG, MODEL, facts, ring, None, None)  # type: ignore[arg-type]
+        self.gateway = Gateway(self._config, MODEL, facts, ring, None, None)  # type: ignore[arg-type]
         self._learn, ring.on_reply = ring.on_reply, self._on_reply
         ring.ask_facts()
         await ring.wait_until_connected()

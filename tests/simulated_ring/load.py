@@ -20,7 +20,7 @@ from quartet.runtime.control import (
     UpdateWeightsFromDisk,
 )
 from quartet.runtime.errors import RequestError
-from quartet.runtime.messages import Generate, LogprobOptions, Message, Request, Text, pack_ids
+from quartet.runtime.messages import Generate, LogprobOptions, Message, Reply, Request, Text, pack_ids
 from quartet.runtime.sampling import SamplingParams
 from tests.simulated_ring.services import POISON
 from tests.tokenizers_to_try import KINDS
@@ -163,6 +163,11 @@ class Order:
     @property
     def under_way(self) -> bool:
         return self.answer is None and self.error is None
+
+
+def is_done(order: Order) -> bool:
+    """Whether a command was carried out for sure."""
+    return isinstance(order.answer, Reply) and order.answer.success
 
 
 class Operator:

@@ -24,17 +24,21 @@ from quartet.scheduler_service.control.durable_state import DurableState
 from quartet.scheduler_service.control.handlers import HANDLERS
 from quartet.scheduler_service.control.runner import CommandRunner, PartialChange
 from quartet.scheduler_service.core.kv_tier import KvTier
-from quartet.scheduler_service.core.plan import Plan, Result
+from quartet.scheduler_service.core.plan import Plan, Result, Slice
 from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.core.rules import PlannerConfig
 from quartet.scheduler_service.execution.kv_tier import KvTierStore
 from quartet.scheduler_service.execution.rank_messages import OpenTier
 from quartet.scheduler_service.execution.rank_tier import LeadingPart
 from quartet.scheduler_service.scheduler import Scheduler
 from tests.fakes import FakeGrammars, FakeWorker, looping_token
+from tests.simulated_ring.adapters import SUFFIXES, AdapterRun, VirtualStore
 from tests.simulated_ring.clock import Agenda
 from tests.simulated_ring.disks import BLOCK_TOKENS, BlockDisk, Cells, TierSettings, VirtualPart, identity_of, mark_of
+from tests.simulated_ring.faults import hold
 from tests.simulated_ring.group import BROKEN, Group, Hangs
+from tests.simulated_ring.memory import FAILS, VirtualSaver
 from tests.simulated_ring.services import FIRST_VERSION, POISON, SCHEDULER, Killed, Process
 
 MOST_STAGING_TURNS = 6
@@ -49,7 +53,10 @@ class Worker(FakeWorker):
         self.cells = Cells(self.page_size, self._memory)
         self.cells.snapshots = self._snapshots
         self.group: Group | None = None  # of tensor parallel
+        self.adapters: VirtualStore | None = None
         self.launches = 0
+        self._begun: set[Sequence] = set()
+        self._suffix = ""  # what the adapter of the slice that is drawn adds to the label of the weights
         self._point = point
 
     def launch(self, plan: Plan) -> list[Result]:
@@ -72,15 +79,35 @@ class Worker(FakeWorker):
         return results
 
     def _launch(self, plan: Plan) -> list[Result]:
-        mark = mark_of(self.weight_version)
         for part in plan.slices:
+            mark = mark_of(self.weight_version + self.suffix_of(part.sequence))
+            self._check_prefix(part, mark)
             for position in range(part.start, part.end):
                 self.cells.marks[self._cell(part.sequence, position)] = mark
             self.cells.snapshot_marks.update((number, mark) for _, number in part.saves)
         return super().launch(plan)
 
+    def _check_prefix(self, part: Slice, mark: int) -> None:
+        """What a request finds in the prefix cache must be of the weights and the adapter that it begins with."""
+        if part.sequence not in self._begun:
+            self._begun.add(part.sequence)
+            found = {self.cells.marks[self._cell(part.sequence, position)] for position in range(part.start)}
+            hold(found <= {mark}, part.sequence.rid, "begins with KV of other weights or of another adapter")
+
+    def forget(self, sequence: Sequence) -> None:
+        super().forget(sequence)
+        self._begun.discard(sequence)
+
+    def suffix_of(self, sequence: Sequence) -> str:
+        """What its adapter adds to the label of the weights."""
+        return "" if self.adapters is None else self.adapters.suffix_of(sequence.request.adapter)
+
+    def _draw(self, part: Slice, prefix: "array[int]") -> list[int]:
+        self._suffix = self.suffix_of(part.sequence)
+        return super()._draw(part, prefix)
+
     def _token(self, prefix: "array[int]", vocab_size: int, seed: int) -> int:
-        return drawn(prefix, seed, self.weight_version, vocab_size)
+        return drawn(prefix, seed, self.weight_version + self._suffix, vocab_size)
 
 
 def drawn(prefix: "array[int]", seed: int, weight_version: str, vocab_size: int) -> int:
@@ -129,6 +156,8 @@ class SchedulerProcess(Process):
         carried_out: list[tuple[str, int, str]],
         pid: int,
         tier: TierSettings | None,
+        adapters: AdapterRun | None,
+        saves_memory: bool,
         on_death: Callable[["SchedulerProcess"], None],
         **place: Any,
     ) -> None:
@@ -154,9 +183,18 @@ class SchedulerProcess(Process):
             )
         self.worker.group = self.group
         self.worker.recurrent = config.snapshots is not None
+        self.adapters = self.worker.adapters = adapters and VirtualStore(
+            adapters, disk.run_dir, self.schedulers, self.rank, random, self.point
+        )
+        self.saver = VirtualSaver(self.worker.cells, random) if saves_memory else None
         planner = Planner(config)
         self.tier = None if tier is None else self._make_tier(planner, tier)
-        self._held_up = False
+        if adapters is not None:
+            for part in self.parts:
+                part.suffixes = SUFFIXES
+        for part in self.parts:
+            part.saver = self.saver
+        self._held_up = self._queue_waits = False
         durable_state = State(disk.run_dir, self.point)
         facts = msgspec.structs.replace(self.worker.facts(), epoch=self.epoch, rank=self.rank, pid=pid)
         self.scheduler = Scheduler(
@@ -171,12 +209,16 @@ class SchedulerProcess(Process):
             grammars=FakeGrammars(),  # type: ignore[arg-type]
             announced=self.announced,
             tier=self.tier,
+            adapters=self.adapters,
+            saver=self.saver,  # type: ignore[arg-type]
             clock=lambda: agenda.now,
         )
         self.scheduler.commands = CommandRunner(
             {**HANDLERS, UpdateWeightsFromDisk: self.update_weights, UpdateWeightVersion: self.rename}
         )
         durable_state.restore(self.scheduler)
+        if self.saver is not None:
+            self.saver.fails = FAILS
 
     def _make_tier(self, planner: Planner, settings: TierSettings) -> KvTierStore:
         """As `execution.kv_tier.tier_store`."""
@@ -199,12 +241,15 @@ class SchedulerProcess(Process):
         known = part.open(identity)
         self.found = len(known)
         tier = KvTier(worker.page_size, sizes)
-        return KvTierStore(planner, tier, part, identity, b"", known, lambda: self.worker.weight_version)
+        adapters = f"{self.key} {self.epoch}".encode()
+        return KvTierStore(planner, tier, part, identity, adapters, known, lambda: self.worker.weight_version)
 
     @property
     def at_rest(self) -> bool:
         scheduler = self.scheduler
         if not super().at_rest or scheduler.commands or scheduler.grammar_queue or self._tier_has_news:
+            return False
+        if scheduler.adapter_queue and not self._queue_waits:
             return False
         return (scheduler.idle or self._held_up) and (self.group is None or self.group.at_rest)
 
@@ -255,9 +300,12 @@ class SchedulerProcess(Process):
     def work(self) -> bool:
         if self.at_rest:
             return False
-        before = self.worker.launches
+        before, queue, live = self.worker.launches, self.scheduler.adapter_queue, self.scheduler.planner.live
+        there = len(queue), len(live)
         self.scheduler.step()
         same = self.worker.launches == before and not self.scheduler.launched
+        was_read = queue._reading is not None and queue._reading.found is not None
+        self._queue_waits = same and was_read and there == (len(queue), len(live))
         self._held_up = same and self.tier is not None and self.tier.holds_up
         return True
 
@@ -276,6 +324,8 @@ class SchedulerProcess(Process):
     def _update_weights(
         self, scheduler: Scheduler, command: UpdateWeightsFromDisk
     ) -> Generator[None, bool | None, list[Message]]:
+        if self.saver is not None and self.saver.holds_weights:
+            raise CommandRefused(control_weights.RELEASED)
         yield from self._beside()
         control_weights.refuse_unless_expected(scheduler, command)
         staged = None
@@ -284,7 +334,12 @@ class SchedulerProcess(Process):
             staged = yield from self.group.in_background(partial(self.group.updates.from_disk, path, "auto", None))
         elif command.model_path == BROKEN:
             raise CommandRefused("nothing was changed")
-        yield from agreed(scheduler, command)
+        try:
+            yield from agreed(scheduler, command)
+        except CommandRefused:
+            if self.group is not None:
+                self.group.updates.drop_staged()
+            raise
         if command.abort_all_requests:
             scheduler.emit(control_weights.abort_all(scheduler))
         if command.retract:

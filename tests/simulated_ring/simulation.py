@@ -6,13 +6,14 @@ while; then everything must come to rest within a number of turns, and `checks.p
 request and command, and at what is left behind.
 
 Some processes hang for a while before they die, and some say what none should (`tests/wrong_messages.py`). In some
-runs a scheduler is a group of ranks (`group.py`), one of which may die or hang, and in some it keeps KV beyond the pool
-(`disks.py`), on disks that are slow, fail and lose blocks.
+runs a scheduler is a group of ranks (`group.py`), one of which may die or hang, in some it keeps KV beyond the pool
+(`disks.py`), on disks that are slow, fail and lose blocks, in some it has LoRA adapters (`adapters.py`), in some its
+memory is released (`memory.py`).
 
 Left out: HTTP; the supervisor's budget and how it finds a hang; draining; the pool of threads that compiles grammars;
-released memory, adapters and updates over the wire; frames above the size limit. A process
-loses what it knows with its death, and nothing else fails. News are quicker than births: before a process is started
-again, frames of the one before have arrived or are lost, and its peers have noticed its death.
+updates and adapters over the wire, adapters and released memory of groups of ranks; frames above the size limit. A
+process loses what it knows with its death, and nothing else fails. News are quicker than births: before a process is
+started again, frames of the one before have arrived or are lost, and its peers have noticed its death.
 """
 
 import asyncio
@@ -27,22 +28,24 @@ from random import Random
 from typing import Any
 
 from quartet.http_gateway.ring.aborts import matches
-from quartet.runtime.control import Abort, ContinueGeneration, ControlCommand, Detokenize, Probe, Tokenize
-from quartet.runtime.messages import Generate, Message, Reply, Text, Tokenized, Tokens, process_key
+from quartet.runtime.control import Abort, ContinueGeneration, ControlCommand, Detokenize, Probe, ResumeMemory, Tokenize
+from quartet.runtime.messages import Generate, Message, Text, Tokenized, Tokens, process_key
 from quartet.runtime.sockets import encode
 from quartet.scheduler_service.core.drafts import DraftOptions
 from quartet.scheduler_service.core.rules import PlannerConfig
 from quartet.tokenizer_service.encode import Encoder
 from quartet.tokenizer_service.jobs import Pace
 from tests.fakes import AtOnce
-from tests.simulated_ring import services
-from tests.simulated_ring.checks import Fault, check
+from tests.simulated_ring import adapters as adapting
+from tests.simulated_ring import memory, services
+from tests.simulated_ring.checks import check
 from tests.simulated_ring.clock import Action, Agenda
 from tests.simulated_ring.disks import snapshots_of, tier_of
+from tests.simulated_ring.faults import Fault
 from tests.simulated_ring.gateway import GatewayProcess, Watch
 from tests.simulated_ring.group import ranks_of
 from tests.simulated_ring.links import Inbox, Link
-from tests.simulated_ring.load import VOCAB_SIZE, Call, Clients, Operator, Order, tokenizer, vocabulary
+from tests.simulated_ring.load import VOCAB_SIZE, Call, Clients, Operator, Order, is_done, tokenizer, vocabulary
 from tests.simulated_ring.scheduler import Disk, SchedulerProcess
 from tests.simulated_ring.services import (
     DETOKENIZER,
@@ -69,6 +72,8 @@ HANGS_S = (0.01, 0.1)  # until a process that does not move is killed
 FORGERIES = [m for m in MESSAGES if isinstance(m, Generate | Tokenized | Tokens | Text | Tokenize | Detokenize | Probe)]
 WEIGHTS = (1, 1, 4, 4, 16)  # how often it is an actor's turn
 DYING = ROLES[:3]
+ADAPTER_COMMANDS = 0.6  # the share of commands, in a run with adapters
+MEMORY_COMMANDS = 0.4  # likewise, in one with memory that is released
 ONE_SCHEDULER = 0.6  # the share of runs with one; the others have two
 
 
@@ -88,6 +93,8 @@ class Simulation:
         self.ranks = ranks_of(seed)
         snapshots = snapshots_of(seed) if self.ranks == 1 else None  # as `check_ranks` has it
         self.tier = tier_of(seed, snapshots is not None)
+        self.adapters = adapting.adapters_of(seed) if self.ranks == 1 else None
+        self.saves_memory = self.ranks == 1 and memory.saves_memory(seed)
         self.beside = Random(f"beside {seed}")  # for what these do
         self.roles = {process_key(role, rank): (role, rank) for role in ROLES for rank in range(self._count(role))}
         self.clients, self.operator = Clients(random, likes_prefixes=self.tier is not None), Operator(random)
@@ -96,6 +103,8 @@ class Simulation:
         self.depth = 0 if self.config.drafts else random.choice([0, 1])
         if snapshots is not None:
             self.config, self.depth = replace(self.config, snapshots=snapshots, drafts=None), 0
+        if self.adapters is not None:
+            self.config = replace(self.config, max_adapters=self.adapters.most_in_batch)
         self.links = {
             ends: Link(random, keeps=keeps(*ends, self.schedulers > 1)) for ends in self._ends()
         }  # by sender and receiver
@@ -111,6 +120,8 @@ class Simulation:
         """From the first process to the last check. Raises Fault, and whatever a service should not have raised."""
         with tempfile.TemporaryDirectory() as run_dir:
             self.run_dir = run_dir
+            if self.adapters is not None:
+                self.adapters.write_files(run_dir)
             self.disks = [Disk(str(Path(run_dir) / str(rank)), self.ranks) for rank in range(self.schedulers)]
             for key in self.roles:
                 self._start(key, 0)
@@ -174,6 +185,10 @@ class Simulation:
         if (gateway := self._open_gateway) is None:
             self.agenda.after(COME_AGAIN_S, lambda: self._arrive(call))
             return
+        if self.adapters is not None:
+            adapting.name_adapters(
+                call.batch, sorted(adapter.name for adapter in gateway.gateway.adapters), self.beside
+            )
         self.calls.append(call)
         gateway.calls.append(call)
         gateway.loop.create_task(call.run(gateway.ring, self._next_order))
@@ -209,7 +224,12 @@ class Simulation:
     async def _operate(self, gateway: GatewayProcess, commands: int) -> None:
         for _ in range(commands):
             await asyncio.sleep(self.random.uniform(0, HORIZON_S / 6))
-            await self._command(gateway, self.operator.draw())
+            command = self.operator.draw()
+            if self.adapters is not None and self.beside.random() < ADAPTER_COMMANDS:
+                command = adapting.draw_command(self.adapters, self.beside)
+            elif self.saves_memory and self.beside.random() < MEMORY_COMMANDS:
+                command = memory.draw_command(self.beside)
+            await self._command(gateway, command)
 
     async def _command(self, gateway: GatewayProcess, command: ControlCommand) -> Order:
         self.watch.sends(command)
@@ -308,11 +328,14 @@ class Simulation:
                 disk, agenda, tier = self.disks[rank], self.agenda, self.tier
                 random = self.random if tier is None and self.ranks == 1 else self.beside
                 settings = (self.config, self.depth, disk, agenda, random, self.carried_out)
-                return SchedulerProcess(*settings, tier=tier, on_death=self._end_group, **place)
+                place |= {"tier": tier, "adapters": self.adapters, "saves_memory": self.saves_memory}
+                place |= {"on_death": self._end_group}
+                return SchedulerProcess(*settings, **place)
             case services.DETOKENIZER:
                 return DetokenizerProcess(vocabulary(), **place)
             case _:
-                return GatewayProcess(self.agenda, self.watch, self._is_dead, self.run_dir, **place)
+                adapters = self.adapters is not None
+                return GatewayProcess(self.agenda, self.watch, self._is_dead, self.run_dir, adapters, **place)
 
     def _end_group(self, process: SchedulerProcess) -> None:
         self._end(process.key, process)
@@ -372,18 +395,23 @@ class Simulation:
         return links and all(process.hung or process.at_rest for process in self.processes.values())
 
     def _come_to_rest(self) -> None:
-        """Let everything end, what a pause holds up as well."""
-        while True:
+        """Let everything end, what a pause or the lack of memory holds up as well."""
+        last: list[Order] = []
+        while not (last and all(map(is_done, last))):
             self._run_until(lambda: False)
-            match self.operator.orders[-1:]:
-                case [Order(command=ContinueGeneration(), answer=Reply(success=True))]:
-                    return
+            last = []
             gateway = self.processes[GATEWAY]
-            gateway.loop.create_task(self._command(gateway, ContinueGeneration()))
+            gateway.loop.create_task(self._wake(gateway, last))
+            self._run_until(lambda: False)
+
+    async def _wake(self, gateway: GatewayProcess, orders: list[Order]) -> None:
+        commands = [*([ResumeMemory()] if self.saves_memory else []), ContinueGeneration()]
+        orders += [await self._command(gateway, command) for command in commands]
 
     def note(self, role: str, verb: str, messages: Sequence[Message]) -> None:
         if self._trace is not None:
             for text in [line(message) for message in messages] or [""]:
+                text = text.replace(self.run_dir, "")  # another one in each run
                 self._trace(f"{self.agenda.now:9.5f} {role:>11} {verb:6} {text}".rstrip())
 
 

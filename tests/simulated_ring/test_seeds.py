@@ -5,8 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
+from quartet.runtime.control import ReleaseMemory
 from tests.simulated_ring.disks import tier_of
 from tests.simulated_ring.group import ranks_of
+from tests.simulated_ring.load import is_done
 from tests.simulated_ring.scheduler import SchedulerProcess
 from tests.simulated_ring.services import FIRST_VERSION
 from tests.simulated_ring.simulation import Simulation, run
@@ -49,3 +52,19 @@ def test_groups_of_ranks_die_and_tiers_find_their_blocks_again() -> None:
                 restored += process.tier.tier.restored if process.tier is not None else 0
                 found += process.found
     assert min(groups, restored, found, updated) > 0, (groups, restored, found, updated)
+
+
+def test_adapters_come_and_go_and_memory_is_released() -> None:
+    done = dict.fromkeys((LoadAdapter, UnloadAdapter, ReleaseMemory), 0)
+    served = evicted = 0
+    for seed in range(60):
+        simulation = Simulation(seed)
+        simulation.run()
+        for order in simulation.operator.orders:
+            if type(order.command) in done:
+                done[type(order.command)] += is_done(order)
+        served += len(simulation.adapters.labels) if simulation.adapters is not None else 0
+        for process in simulation.processes.values():
+            if isinstance(process, SchedulerProcess) and process.adapters is not None:
+                evicted += len(process.adapters.known) - len(process.adapters.loaded)
+    assert min(served, evicted, *done.values()) > 0, (served, evicted, done)

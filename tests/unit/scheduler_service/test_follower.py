@@ -63,4 +63,4 @@ def test_a_rank_that_waits_for_a_trainer_does_what_is_told_meanwhile(
     ends_at = time.monotonic() + PATIENCE_S
     while not channel.heard and time.monotonic() < ends_at:
         follower.work_on()
-    assert channel.heard == [Answer()] and list(follower.updates.updates.groups) == ["g"]
+    assert channel.heard == [Answer(of_meeting=True)] and list(follower.updates.updates.groups) == ["g"]

@@ -186,6 +186,40 @@ def test_the_next_gateway_knows_which_weights_all_serve(tmp_path: Path) -> None:
     assert after.is_behind(0)
 
 
+def test_who_is_behind_and_takes_an_adapter_does_not_turn_the_weights_back() -> None:
+    one, other = ({"name": "a", "path": path, "version": "1", "rank": 1, "pinned": False} for path in ("p", "q"))
+    schedulers = heard()
+    schedulers.note_reply(Reply(id="c", rank=1, body={"weight_version": "v1", "adapters": [one]}))
+    schedulers.note_reply(Reply(id="d", rank=0, body={"adapters": [other]}))
+    assert schedulers.reference == Served("m", "v1", frozenset({("a", "q", False)}))
+    assert schedulers.is_behind(0)
+    schedulers.note_reply(Reply(id="d", rank=1, body={"adapters": [other]}))
+    assert not schedulers.is_behind(1)
+    schedulers.note_reply(Reply(id="e", rank=0, body={"adapters": []}))
+    assert schedulers.reference == Served("m", "v1")
+
+
+def test_a_reply_to_the_gateway_before_takes_no_adapters_away(tmp_path: Path) -> None:
+    adapter = {"name": "a", "path": "p", "version": "1", "rank": 1, "pinned": False, "loaded": True}
+    before = heard(run_dir=str(tmp_path))
+    for rank in (0, 1):
+        before.note_reply(Reply(id="c", rank=rank, body={"adapters": [adapter]}))
+    schedulers = Schedulers(2, str(tmp_path))
+    schedulers.note_reply(Reply(id="d", rank=1, body={"weight_version": "v1"}))
+    assert schedulers.reference == Served("m", "v1", frozenset({("a", "p", False)}))
+    for rank in (0, 1):
+        told = facts(rank, version="v1")
+        told.state["adapters"] = [adapter]
+        schedulers.note_facts(told, told)
+        assert not schedulers.is_behind(rank)
+
+
+def test_a_reply_before_anything_is_known_says_nothing() -> None:
+    schedulers = Schedulers(2)
+    schedulers.note_reply(Reply(id="d", rank=1, body={"weight_version": "v1"}))
+    assert schedulers.reference is None
+
+
 def test_what_is_told_of_sizes_holds_for_all() -> None:
     schedulers = heard()
     assert schedulers.common(facts(0)).max_total_num_tokens == 99

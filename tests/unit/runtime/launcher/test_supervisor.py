@@ -21,11 +21,11 @@ from quartet.runtime.launcher.supervisor import (
     Signals,
     Supervisor,
 )
-from quartet.runtime.launcher.watchdog import FROZEN_S, LOOK_EVERY_S
 from quartet.runtime.process import vitals
 from quartet.runtime.process.memory import Memory
 from quartet.runtime.process.progress import ProgressWord
 from quartet.runtime.process.python_path import IMPORT_ROOT
+from quartet.runtime.process.vitals import FROZEN_S, LOOK_EVERY_S
 from quartet.runtime.service import Ready
 from tests.configs import resolved
 
@@ -299,6 +299,30 @@ def test_every_service_that_is_stopped_is_found_within_ten_seconds(supervisor, s
     child.hung_at -= 60
     supervisor.look_at_progress(child)
     assert child.process.wait(60) == -signal.SIGKILL
+
+
+def test_a_service_that_is_stopped_before_it_serves_again_is_found_too(supervisor, served, monkeypatch):
+    child = served(SCHEDULER, "import time; time.sleep(600)")
+    child.ready = False
+    assert not look_for(supervisor, child, 60, monkeypatch), "a start may take its time"
+    child.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.process.pid, os.WSTOPPED)
+    assert FROZEN_S < look_for(supervisor, child, 60, monkeypatch) <= FROZEN_S + 3 * LOOK_EVERY_S
+    child.hung_at -= 60
+    supervisor.look_at_progress(child)
+    assert child.process.wait(60) == -signal.SIGKILL
+
+
+def test_a_process_that_was_stopped_while_it_stood_by_is_not_started(supervisor, served, monkeypatch):
+    waiting, fresh = (served(SCHEDULER, "import time; time.sleep(600)") for _ in range(2))
+    supervisor._standbys["scheduler"] = waiting
+    monkeypatch.setattr("quartet.runtime.launcher.supervisor.start", lambda service, _: fresh)
+    monkeypatch.setattr(Child, "give", lambda child, file, epoch: None)
+    monkeypatch.setattr(waiting, "close", lambda: None)
+    waiting.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, waiting.process.pid, os.WSTOPPED)
+    assert supervisor.spawn(SCHEDULER, 1) is fresh
+    assert waiting.process.returncode == -signal.SIGKILL and not supervisor._standbys
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from quartet.runtime.launcher.watchdog import FROZEN_S, LOOK_EVERY_S, Sign, StallTimer, Watchdog, sign
+from quartet.runtime.launcher.watchdog import Sign, StallTimer, Watchdog, sign
 from quartet.runtime.process import vitals
 from quartet.runtime.process.progress import ProgressReader
-from quartet.runtime.process.vitals import State, Vitals
+from quartet.runtime.process.vitals import FROZEN_S, LOOK_EVERY_S, State, Vitals
 
 STOPPED, ASLEEP, BLOCKED, RUNNABLE = State.STOPPED, State.ASLEEP, State.BLOCKED, State.RUNNABLE
 WAIT_S = 60.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quartet.runtime.process.vitals import State, Vitals, read_vitals
+from quartet.runtime.process.vitals import FROZEN_S, LOOK_EVERY_S, State, StopTimer, Vitals, read_vitals
 
 WAIT_S = 60.0
 ASLEEP, SPINNING = "import time; time.sleep(600)", "sum(range(10**15))"
@@ -105,3 +105,18 @@ def test_a_kernel_that_does_not_count_tells_nothing(tmp_path: Path) -> None:
     thread(tmp_path, 7, "python", "S", 1, 0)
     (tmp_path / "7" / "task" / "7" / "schedstat").unlink()
     assert read_vitals(7, tmp_path) is None
+
+
+def test_the_time_of_a_stop_adds_up_and_a_move_ends_it() -> None:
+    states = [State.STOPPED] * 4 + [State.ASLEEP, State.STOPPED, State.STOPPED]
+    looks = iter([*(Vitals(state, {}) for state in states), None])
+    timer = StopTimer(lambda: next(looks))
+    found = [timer.stopped_s(100 + place * LOOK_EVERY_S) for place in range(len(states) + 1)]
+    assert found == [place * LOOK_EVERY_S for place in (0, 1, 2, 3, 0, 0, 1, 0)]
+
+
+def test_the_time_of_a_stop_in_which_nobody_looked_does_not_count() -> None:
+    timer = StopTimer(lambda: Vitals(State.STOPPED, {}))
+    timer.stopped_s(100.0)
+    assert timer.stopped_s(500.0) == 2 * LOOK_EVERY_S
+    assert timer.reason_to_replace(FROZEN_S, 501.0) == ""

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
+from quartet.scheduler_service.control.adapter_queue import GRACE_S
 from tests import checkpoints
 from tests.adapters import write_adapter
 from tests.live import Live
@@ -84,7 +85,53 @@ def test_unloading_while_no_step_runs_is_answered_at_once_and_done_with_the_last
     live.run()
     live.step()
     assert len(live.output("x")) == 6 and versions(live, "x") == {"1"}
+    assert "is not loaded" in live.call(UnloadAdapter(lora_name="a")).message
+    after_a_while(live)
     assert not (live.adapters.known or live.adapters.loaded or live.adapters.ending or live.adapters.leaving)
+
+
+def after_a_while(live: Live) -> None:
+    """Requests that had to come again have come."""
+    now = live.scheduler.now
+    for waited_s in (GRACE_S, 2 * GRACE_S):
+        live.step()
+        live.planner.deadlines.advance(now + waited_s, paused=False)
+        live.step()
+
+
+def test_a_request_whose_end_was_lost_goes_on_with_an_adapter_that_was_unloaded_meanwhile(live: Live) -> None:
+    start(live, "x")
+    live.run()
+    assert live.call(UnloadAdapter(lora_name="a")).body == {"loaded_adapters": {}, "adapters": []}
+    made = live.output("x")
+    message = tokenized("x", range(5), 6)
+    message.request.adapter, message.request.again, message.request.attempt = "a", True, 1
+    late = tokenized("y", range(5), 6)
+    late.request.adapter = "a"
+    live.send(message, late)
+    live.run()
+    finish = live.finish("y")
+    assert live.output("x") == made * 2 and finish is not None and "never been loaded" in finish.message
+    after_a_while(live)
+    assert live.adapters is not None and not live.adapters.known
+
+
+def test_an_adapter_that_was_unloaded_takes_nobodys_place(tmp_path: Path) -> None:
+    live = Live(
+        checkpoints.random_model(tmp_path / "base", 0),
+        tmp_path,
+        enable_lora=True,
+        max_loaded_loras=2,
+        max_loras_per_batch=1,
+    )
+    assert live.adapters is not None
+    assert live.call(load(live, tmp_path, "a")).success
+    assert live.call(load(live, tmp_path, "b", pinned=True)).success
+    assert live.call(UnloadAdapter(lora_name="b")).success
+    assert live.call(load(live, tmp_path, "c")).success
+    assert [*live.adapters.loaded] == ["a", "c"] and live.adapters.ending == {"b"}
+    assert live.call(load(live, tmp_path, "b")).success
+    assert [*live.adapters.loaded] == ["c", "b"] and not live.adapters.ending
 
 
 def test_what_is_loaded_under_the_name_of_an_adapter_that_ends_goes_on_with_its_requests(

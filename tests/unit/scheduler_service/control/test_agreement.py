@@ -7,6 +7,8 @@ import pytest
 from quartet.runtime.adapters import LoadAdapter
 from quartet.runtime.control import DecideChange, ReleaseMemory, ResumeMemory, UpdateWeightsFromDisk
 from quartet.runtime.messages import Prepared
+from quartet.scheduler_service.execution.memory_saver import MemorySaver
+from quartet.scheduler_service.weights.update import Updates
 from tests import checkpoints
 from tests.adapters import write_adapter
 from tests.live import Live
@@ -64,12 +66,17 @@ def test_prepared_weights_wait_for_the_decision_and_say_so_once_a_second(
     assert live.worker.weight_version == "B"
 
 
-def test_a_change_that_not_all_make_is_refused_and_leaves_what_serves(live: Live, tmp_path: Path) -> None:
+def test_a_change_that_not_all_make_is_refused_and_leaves_what_serves(
+    live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[Updates] = []
+    monkeypatch.setattr(Updates, "drop_staged", lambda updates: dropped.append(updates))
     id = begun(live, tmp_path)
     live.send(DecideChange(change=id, reason="another one is broken"))
     reply = live.wait(id)
     assert (reply.success, reply.status, reply.message) == (False, 503, "another one is broken")
     assert live.worker.weight_version == "A"
+    assert dropped == [live.updates], "other ranks hold what they have staged until they are told"
     assert live.call(UpdateWeightsFromDisk(model_path=str(tmp_path / "b"), weight_version="B")).success
 
 
@@ -91,6 +98,23 @@ def test_memory_waits_for_the_others_and_no_request_begins_meanwhile(tmp_path: P
         assert live.call(ResumeMemory()).success
     live.run()
     assert len(live.output("x")) == 3
+
+
+def test_memory_waits_for_busy_ranks_while_requests_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = [True]
+    monkeypatch.setattr(MemorySaver, "must_wait", property(lambda _: busy[0]))
+    live = Live(checkpoints.random_model(tmp_path / "a", 0), tmp_path, enable_memory_saver=True)
+    id = live.begin(ReleaseMemory(tags=["kv_cache"], waits_for_others=True))
+    live.send(tokenized("x", range(5), 3))
+    live.run()
+    live.step(STEPS)
+    assert len(live.output("x")) == 3 and not said(live)
+    busy.clear()
+    busy.append(False)
+    live.step()
+    assert said(live) == [id] and live.planner.asleep
+    live.send(DecideChange(change=id))
+    assert live.wait(id).success
 
 
 def test_an_adapter_that_not_all_can_load_is_served_by_none(tmp_path: Path) -> None:

@@ -147,6 +147,20 @@ def test_a_group_that_cannot_be_is_refused_at_once(live: Live, fields: dict[str,
     assert reason in reply.message
 
 
+@pytest.mark.slow
+def test_a_second_call_for_a_group_that_waits_for_its_trainer_is_refused(live: Live, weights: Path) -> None:
+    with trainer(weights) as other:
+        first = live.begin(joining(other.port))
+        again = live.call(joining(other.port))
+        assert not again.success and "is being joined already" in again.message
+        assert live.wait(first).success and other.read_line() == "joined"
+        assert "exists already" in live.call(joining(other.port)).message
+        id = live.begin(broadcast(weight_version="B"))
+        other.go()
+        assert live.wait(id).success and other.read_line() == "sent"
+    assert live.call(DestroyWeightsUpdateGroup()).success
+
+
 def test_groups_that_do_not_exist_are_named(live: Live) -> None:
     assert live.call(DestroyWeightsUpdateGroup()).message == "The group to be destroyed does not exist."
     assert "there is no group weight_update_group" in live.call(broadcast()).message

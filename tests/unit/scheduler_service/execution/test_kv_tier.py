@@ -1,5 +1,6 @@
 """KV that left the pool comes back with the same bits: planner, worker and tier in one process, on a real model."""
 
+import os
 from array import array
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from quartet.runtime.service import Boot
 from quartet.scheduler_service.core.block_keys import digest
 from quartet.scheduler_service.core.tier_acts import CarryOut, DropMemory
 from quartet.scheduler_service.execution import kv_tier
+from quartet.scheduler_service.execution.kv_blocks import KvBlocks
 from quartet.scheduler_service.execution.kv_tier import tier_store
-from quartet.scheduler_service.execution.tier_part import OwnPart
+from quartet.scheduler_service.execution.rank_messages import OpenTier
+from quartet.scheduler_service.execution.tier_part import OwnPart, own_part
 from quartet.scheduler_service.host.block_files import BlockFiles
 from quartet.scheduler_service.weights.update import Updates
 from tests import checkpoints
@@ -34,9 +37,9 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Served(Tiered):
     """An engine with a tier."""
 
-    def __init__(self, model: Path, **settings: Any) -> None:
+    def __init__(self, model: Path, rank: int = 0, **settings: Any) -> None:
         engine = Engine(model, **(SIZES | settings))
-        super().__init__(engine, Updates(engine.worker.model.weights, engine.config, "/nowhere"))
+        super().__init__(engine, Updates(engine.worker.model.weights, engine.config, "/nowhere"), rank=rank)
 
 
 def levels(tmp_path: Path) -> dict[str, dict[str, Any]]:
@@ -289,6 +292,31 @@ def test_blocks_of_former_ranks_that_cannot_be_deleted_end_the_start(
     monkeypatch.setattr(BlockFiles, "drop_ranks", fail)
     with pytest.raises(StartupError, match=r"--kv-cache-dir .* cannot be used: Permission denied"):
         Served(model, kv_cache_dir=str(tmp_path))
+
+
+def test_the_first_rank_of_another_machine_deletes_what_former_ranks_have_left_there(
+    model: Path, tmp_path: Path
+) -> None:
+    blocks = KvBlocks(Served(model, enable_hierarchical_cache=True).engine.worker.cache, 64, None)
+    for rank in (2, 3, 4):
+        used = BlockFiles(tmp_path / f"rank{rank}", 4)
+        used.begin(digest(b"identity"))
+        used.write(digest(b"key"), memoryview(b"data"))
+        os.close(used._lock)
+    opening = OpenTier(64, 0, 2, 4, str(tmp_path))
+    own_part(opening, blocks, rank=3, leads_machine=False)
+    assert len(list(tmp_path.rglob("*.kv"))) == 3
+    own_part(opening, blocks, rank=2)
+    assert [file.parent.parent.name for file in sorted(tmp_path.rglob("*.kv"))] == ["rank2", "rank3"]
+
+
+def test_of_several_schedulers_the_first_deletes_what_former_ones_have_left(model: Path, tmp_path: Path) -> None:
+    alone = Served(model, kv_cache_dir=str(tmp_path))
+    alone.ask(0)
+    alone.settle()
+    for rank, left in ((1, 3), (0, 0)):  # both at once would find the lock of each other
+        Served(model, rank, kv_cache_dir=str(tmp_path), dp_size=2)
+        assert len(list(tmp_path.rglob("*.kv"))) == left
 
 
 def test_without_memory_for_a_read_the_prompt_is_computed(model: Path, tmp_path: Path) -> None:

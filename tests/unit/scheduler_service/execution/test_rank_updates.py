@@ -1,5 +1,7 @@
 """All ranks take new weights, or none does: rank 0 against another rank that answers what the test wants."""
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     Randomize,
     Reread,
     Snapshot,
+    TierReport,
     as_bytes,
 )
 from quartet.scheduler_service.execution.rank_updates import LeadingUpdates
@@ -32,6 +35,7 @@ from tests import checkpoints
 from tests.configs import resolved
 
 HEAD = "lm_head.weight"
+PATIENCE_S = 60.0
 
 
 class Scripted(Channel):
@@ -46,6 +50,9 @@ class Scripted(Channel):
 
     def receive(self) -> Message | None:
         return self.script.pop(0) if self.script else None
+
+    def waits(self, timeout_s: float) -> bool:
+        return bool(self.script)
 
 
 @pytest.fixture
@@ -75,6 +82,13 @@ def test_what_all_ranks_have_staged_is_committed_by_all(updates: LeadingUpdates,
     updates.swap(updates.from_disk(str(new), "auto", None), "2")
     assert other.heard == [FromDisk(str(new), "auto"), Commit()]
     assert served_token(updates) == 9
+
+
+def test_what_is_not_served_after_all_the_others_drop(updates: LeadingUpdates, other: Scripted, new: Path) -> None:
+    other.script = [Answer(record.files_of(new))]
+    updates.from_disk(str(new), "auto", None)
+    updates.drop_staged()
+    assert other.heard == [FromDisk(str(new), "auto"), GiveUp()]
 
 
 def test_one_ranks_refusal_is_everybodys(updates: LeadingUpdates, other: Scripted, new: Path) -> None:
@@ -147,10 +161,33 @@ def test_ranks_that_have_joined_leave_when_one_could_not(
     command = InitWeightsUpdateGroup(
         id="", master_address="127.0.0.1", master_port=1, rank_offset=1, world_size=3, group_name="g", backend="gloo"
     )
-    other.script = [Answer(refusal="no trainer"), Answer()]
+    other.script = [Answer(refusal="no trainer", of_meeting=True), Answer(of_meeting=True)]
     with pytest.raises(CommandRefused, match=r"no trainer \(rank 1\)"):
         updates.join_group(command)
     assert other.heard == [JoinGroup(command), LeaveGroup("g")] and left == ["group"] and not updates.groups
+
+
+def test_ranks_that_wait_for_a_trainer_answer_other_questions_meanwhile() -> None:
+    own, theirs = map(Channel, socket.socketpair())
+    followers = Followers(Parallel(0, 2), [own])
+    with ThreadPoolExecutor() as threads:
+        met = threads.submit(followers.meet, LeaveGroup("g"), lambda: None)
+        assert theirs.receive() == LeaveGroup("g") and not followers.busy
+        for value, words in (("first", [Answer("first")]), ("last", [Answer(of_meeting=True), Answer("last")])):
+            asked = threads.submit(followers.together, Part(HEAD), lambda: 0)
+            assert theirs.receive() == Part(HEAD) and not met.done()
+            for word in words:
+                theirs.send(word)
+            assert asked.result(PATIENCE_S) == (0, [value])
+        met.result(PATIENCE_S)
+
+
+def test_the_refusal_of_a_rank_that_could_not_meet_the_trainer_is_told(other: Scripted) -> None:
+    other.script = [TierReport([], []), Answer(refusal="no trainer", status=503, of_meeting=True)]
+    followers = Followers(Parallel(0, 2), [other])
+    with pytest.raises(CommandRefused, match=r"no trainer \(rank 1\)") as refused:
+        followers.meet(LeaveGroup("g"), lambda: None)
+    assert refused.value.status == 503 and list(followers.reports()) == [TierReport([], [])]
 
 
 def test_copies_that_differ_between_ranks_are_an_error(updates: LeadingUpdates, other: Scripted) -> None:
