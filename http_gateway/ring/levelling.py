@@ -4,6 +4,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 
+import msgspec
+
 from quartet.http_gateway.ring.schedulers import Schedulers, Served
 from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
 from quartet.runtime.control import REWRITTEN, ControlCommand, UpdateWeightsFromDisk, UpdateWeightVersion
@@ -70,9 +72,12 @@ class Leveller:
         if own.weight_version == REWRITTEN.format(reference.weight_version):
             log.error("Its weights were rewritten on the disk since the others read them: update the weights.")
             return
-        for command in what_is_missing(own, reference):
-            while isinstance(command, UnloadAdapter) and self._uses(rank, command.lora_name):
-                await asyncio.sleep(LOOK_AFTER_S)
+        done: list[ControlCommand] = []
+        while (command := self._missing(rank)) is not None and command not in done:
+            if isinstance(command, UnloadAdapter) and self._uses(rank, command.lora_name):
+                await asyncio.sleep(LOOK_AFTER_S)  # meanwhile, what all must serve may change
+                continue
+            done.append(msgspec.structs.replace(command))  # it gets its number when it is sent
             try:
                 answer = await self._run(command, LEVEL_TIMEOUT_S, rank)
             except (RequestError, TimeoutError) as error:
@@ -82,6 +87,12 @@ class Leveller:
                 log.error("Scheduler DP%d cannot serve what the others do: %s", rank, answer.message)
                 return
         self._say(rank)
+
+    def _missing(self, rank: int) -> ControlCommand | None:
+        """What brings a scheduler nearer to what all must serve now; None: it serves that."""
+        reference = self._schedulers.reference
+        assert reference is not None
+        return next(what_is_missing(self._schedulers.all[rank].served, reference), None)
 
     def _say(self, rank: int) -> None:
         """Log once for each incarnation that it gets requests."""

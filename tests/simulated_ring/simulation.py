@@ -62,6 +62,7 @@ from tests.simulated_ring.trace import line
 from tests.wrong_messages import MESSAGES, wrong
 
 TURN_S = 0.0005  # the mean time of a turn
+PAUSED_S = 100.0  # a pause lasts at the end of a run, at most
 MOST_TURNS = 250_000  # a command with 10,000 texts, encoded one a step, takes about 60,000
 LOOK_EVERY = 24  # turns in which nothing happened
 HORIZON_S = 1.0  # of the load and the deaths
@@ -398,11 +399,15 @@ class Simulation:
         """Let everything end, what a pause or the lack of memory holds up as well."""
         last: list[Order] = []
         while not (last and all(map(is_done, last))):
-            self._run_until(lambda: False)
+            self._run_for(PAUSED_S)  # not until nothing is due: some look again and again whether a pause is over
             last = []
             gateway = self.processes[GATEWAY]
             gateway.loop.create_task(self._wake(gateway, last))
             self._run_until(lambda: False)
+
+    def _run_for(self, seconds: float) -> None:
+        end = self.agenda.now + seconds
+        self._run_until(lambda: self.agenda.now > end)
 
     async def _wake(self, gateway: GatewayProcess, orders: list[Order]) -> None:
         commands = [*([ResumeMemory()] if self.saves_memory else []), ContinueGeneration()]

@@ -54,6 +54,34 @@ def test_an_adapter_is_unloaded_behind_the_requests_that_name_it(monkeypatch: py
     assert asyncio.run(asyncio.wait_for(scenario(), 60)) == ["a"]
 
 
+def test_nothing_is_unloaded_that_all_must_serve_by_the_end_of_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levelling, "LOOK_AFTER_S", 0.0)
+    adapters, users = [{"name": "a", "path": "/a", "pinned": False}], {"a"}
+
+    async def scenario() -> list[str]:
+        schedulers, given = Schedulers(2), list[str]()
+
+        async def run(command: ControlCommand, timeout_s: float, rank: int) -> Message:
+            given.append(command.path)
+            return Reply(id=command.id, rank=rank)
+
+        leveller = Leveller(schedulers, run, lambda rank, adapter: rank == 1 and adapter in users)
+        served = facts(1)
+        served.state["adapters"] = adapters
+        for told in (facts(0), served):
+            schedulers.note_facts(told, told)
+            leveller.look_at(told.rank)
+        await asyncio.sleep(0)
+        schedulers.note_reply(Reply(id=1, rank=0, body={"adapters": adapters}))
+        assert not schedulers.is_behind(1)
+        users.clear()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return given
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60)) == []
+
+
 def test_a_scheduler_that_is_started_again_while_it_is_levelled_is_levelled_again() -> None:
     async def scenario() -> list[str]:
         schedulers, given, restarted = Schedulers(2), list[str](), asyncio.Event()
