@@ -10,6 +10,7 @@ its hash stands behind the library, where the loader does not look, and one that
 """
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -102,8 +103,29 @@ def built(instruction_set: str, afresh: bool = False) -> Iterator[Path]:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="quartet-native-") as temporary:
-        made = compiled(found, instruction_set, Path(temporary))
-        yield made if path is None or not is_kept(made, path, afresh) else path
+        with one_at_a_time(directory):
+            if path is not None and not afresh and is_whole(path):  # another process has compiled meanwhile
+                made = path
+            else:
+                made = compiled(found, instruction_set, Path(temporary))
+                if path is not None and is_kept(made, path, afresh):
+                    made = path
+        yield made
+
+
+@contextlib.contextmanager
+def one_at_a_time(directory: Path | None) -> Iterator[None]:
+    """Wait for other processes that compile for this cache: the ranks of a server start together.
+
+    Where the file system has no locks, each compiles for itself.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            if directory is not None:
+                descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # ends with the process
+        yield
 
 
 def fingerprint(found: str) -> str:

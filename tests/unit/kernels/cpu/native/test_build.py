@@ -109,8 +109,33 @@ with build.built("avx2") as path:
     assert len(list(cache.iterdir())) == 1
 
 
+def test_of_processes_that_start_at_once_one_compiles(cache, tmp_path):
+    compiler = tmp_path / "bin" / "gcc"
+    compiler.parent.mkdir()
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexec {shutil.which("gcc")} "$@"\n')
+    compiler.chmod(0o755)
+    source = (
+        "from pathlib import Path\nfrom quartet.kernels.cpu.native import build\n"
+        f"build.SOURCES = Path({str(build.SOURCES)!r})\nwith build.built('avx2') as path: print(path)"
+    )
+    environment = {**os.environ, "PATH": f"{compiler.parent}:{os.environ['PATH']}"}
+    starts = [
+        subprocess.Popen([sys.executable, "-c", source], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    paths = {start.communicate(timeout=120)[0] for start in starts}
+    assert len(paths) == 1 and all(start.returncode == 0 for start in starts)
+    linked = [call for call in (tmp_path / "calls").read_text().splitlines() if "-shared" in call]
+    assert len(linked) == 1, linked
+
+
 def test_processes_of_two_machines_with_one_number_share_a_cache(cache, monkeypatch):
     """As those of two containers: each copies to a name of its own, and the first file stays for who has it mapped."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
     real, inner = build.compiled, []
 
     def compiled(*arguments):
