@@ -266,8 +266,12 @@ class Supervisor:
         child = child or start(service, self.inherited(service))
         child.service = service  # who stood by may become any process of the role
         boot_file = self.run_dir / f"{service.key}.{epoch}.boot"
-        boot_file.touch(mode=0o600)  # the gateway's holds the keys
-        boot_file.write_bytes(msgspec.msgpack.encode(self.boot(service, epoch, child.their_ready_fd)))
+        try:
+            boot_file.touch(mode=0o600)  # the gateway's holds the keys
+            boot_file.write_bytes(msgspec.msgpack.encode(self.boot(service, epoch, child.their_ready_fd)))
+        except OSError:
+            child.process.kill()  # else it would speak of a start by hand
+            raise
         point_stable_path(str(self.run_dir), service.key, epoch)
         child.give(boot_file, epoch)
         return child

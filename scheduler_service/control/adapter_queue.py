@@ -7,6 +7,7 @@ memory cannot keep the others out. Requests for the base never wait here.
 
 from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from quartet.runtime.adapters import LORA_OFF, NEVER_LOADED
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # it loads torch; the object comes with the scheduler
     from quartet.scheduler_service.execution.adapters import AdapterStore, Known, Read
 
 GRACE_S = 60.0  # so long requests may take to come again, whose ends were lost with a process of the ring
+MOST_KEPT = 16  # adapters that wait for such requests: their files may take room
 NOT_READ = "The adapter {} cannot be read: {}"
 
 
@@ -145,7 +147,9 @@ class AdapterQueue:
         in_use = self._in_use({request.adapter for request in (*self.requests, *self._to_come())})
         clock_s, since_s = self._planner.deadlines.clock_s, self._unused_since
         self._unused_since = {name: since_s.get(name, clock_s) for name in store.ending - in_use}
-        ended = [name for name, unused_s in self._unused_since.items() if clock_s - unused_s >= GRACE_S]
+        longest_first = sorted(self._unused_since.items(), key=itemgetter(1))
+        too_many = len(longest_first) - MOST_KEPT
+        ended = [name for i, (name, since) in enumerate(longest_first) if i < too_many or clock_s - since >= GRACE_S]
         for name in ended:
             store.forget(name)
         if ended:

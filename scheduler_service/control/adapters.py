@@ -137,7 +137,8 @@ def load_by(context: Context, command: Load, path: str, read: Reader, owned: boo
         directory, found = yield from store.in_background(lambda: refusing(name, read))
         try:
             check_name(store, command)
-            if name not in store.known or (command.pinned and name not in store.loaded):  # else it needs no memory now
+            is_new = name not in store.known or name in store.ending
+            if name not in store.loaded and (is_new or command.pinned):  # else it needs no more memory now
                 store.make_room({request.adapter for request in context.requests})
             yield from agreed(context, command)
         except CommandRefused:
@@ -205,6 +206,7 @@ def unload(context: Context, command: UnloadAdapter) -> Resumable:
     if users:
         log.info("the adapter %s goes with the last of %d requests that wait; no step runs now", name, users)
     else:
+        store.take_out(name)  # a request that comes again has it read again
         log.info("unloaded the adapter %s", name)
     return answer(store, command)
 

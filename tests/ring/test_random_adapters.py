@@ -18,6 +18,7 @@ import pytest
 import requests
 from safetensors.torch import save
 
+from quartet.scheduler_service.control.adapter_queue import MOST_KEPT
 from tests.adapters import BASE_TOKEN, FIRST_TOKEN, telling_adapter, telling_base, telling_settings, telling_tensors
 from tests.servers import Server
 
@@ -185,7 +186,7 @@ def test_a_thousand_random_commands_and_requests_do_what_a_model_of_them_says(mo
         name = dice.choice(NAMES)
         match dice.choice(["load", "load", "unload", "ask", "ask", "ask", "ask", "ask"]):
             case "load":
-                model.load(name, dice.randrange(CONTENTS), dice.random() < 0.7, dice.random() < 0.3)
+                model.load(name, dice.randrange(CONTENTS), dice.random() < 0.7, dice.random() < 0.5)
             case "unload":
                 model.unload(name)
             case _:
@@ -206,7 +207,8 @@ def leaves_nothing_behind(model: Model) -> None:
     assert requests.get(f"{url}/flush_cache?timeout=10", timeout=WAIT_S).status_code == 200
     load = requests.get(f"{url}/v1/loads", timeout=WAIT_S).json()["loads"][0]
     assert (load["num_reqs"], load["num_used_tokens"]) == (0, 0)
-    assert list(model.server.run_base.rglob("adapters/*")) == []
+    kept = list(model.server.run_base.rglob("adapters/*"))  # for a minute, for requests that come again
+    assert len(kept) <= MOST_KEPT, kept
     assert list(model.server.run_base.rglob("payload-*")) == []
     assert "do not balance" not in model.server.log
     assert "Traceback" not in model.server.log

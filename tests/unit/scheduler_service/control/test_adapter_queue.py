@@ -259,6 +259,17 @@ def test_an_adapter_that_ends_is_forgotten_a_while_after_its_last_request() -> N
     assert case.grace() == [] and case.store.loaded == [] and [*case.store.known] == ["c", "d"]
 
 
+def test_of_many_adapters_that_end_those_that_were_used_last_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quartet.scheduler_service.control.adapter_queue.MOST_KEPT", 1)
+    case = Case("a", "b", most=2)
+    case.runs("old", "b")
+    case.store.ending |= {"a", "b"}
+    assert case.turns(2) == [] and case.store.loaded == ["a", "b"]
+    case.deadlines.advance(1.0, paused=False)
+    del case.live["old"]
+    assert case.turns(2) == [] and case.store.loaded == ["b"]
+
+
 def test_an_adapter_that_ends_stays_for_requests_that_wait_for_it() -> None:
     case = Case("b")
     case.runs("old", "b")
