@@ -167,15 +167,13 @@ def check_name(store: "AdapterStore", command: Load) -> None:
 
     An adapter whose unloading was answered is replaced: its requests go on with the weights that come.
     """
-    name = command.lora_name
-    if name in store.ending:
-        return
-    if name in store.leaving:
+    name, loaded = command.lora_name, store.known.keys() - store.ending
+    if name in store.leaving - store.ending:
         raise CommandRefused(BEING_UNLOADED.format(name))
-    if name in store.known and not command.load_inplace:
+    if name in loaded and not command.load_inplace:
         raise CommandRefused(ALREADY_LOADED.format(name))
-    if name not in store.known and len(store.known) - len(store.ending) >= MAX_ADAPTERS:
-        raise CommandRefused(TOO_MANY.format(len(store.known) - len(store.ending)))
+    if name not in loaded and len(loaded) >= MAX_ADAPTERS:
+        raise CommandRefused(TOO_MANY.format(len(loaded)))
 
 
 def discard_payload(command: Load) -> None:

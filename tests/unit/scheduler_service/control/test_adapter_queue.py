@@ -259,6 +259,18 @@ def test_an_adapter_that_ends_is_forgotten_a_while_after_its_last_request() -> N
     assert case.grace() == [] and case.store.loaded == [] and [*case.store.known] == ["c", "d"]
 
 
+def test_an_adapter_that_was_loaded_again_and_ends_again_stays_as_long_as_before() -> None:
+    case = Case("a", ending="a")
+    assert case.turns() == []
+    case.store.ending.clear()
+    case.now_s += GRACE_S
+    case.deadlines.advance(case.now_s, paused=False)
+    assert case.turns() == []
+    case.store.ending.add("a")
+    assert case.turns() == [] and case.store.loaded == ["a"]
+    assert case.grace() == [] and case.store.loaded == []
+
+
 def test_an_adapter_that_ends_stays_for_requests_that_wait_for_it() -> None:
     case = Case("b")
     case.runs("old", "b")
