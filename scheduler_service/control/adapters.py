@@ -187,7 +187,7 @@ def unload(context: Context, command: UnloadAdapter) -> Resumable:
     """Take no more requests for an adapter, and wait for those that use it.
 
     While no step runs there is nothing to wait for. `AdapterQueue` forgets it a while after the last of them has ended:
-    its end may be lost with a process of the ring, and then it comes again.
+    its end may be lost with a process of the ring, and then it comes again. Of such adapters the last one is in memory.
     """
     store, name = store_of(context), command.lora_name
     users = users_of(context, name)
@@ -200,6 +200,9 @@ def unload(context: Context, command: UnloadAdapter) -> Resumable:
     while (users := users_of(context, name)) and not (context.planner.paused or context.planner.asleep):
         yield
     store.end_later(name)
+    for other in store.ending - {name}:
+        if not users_of(context, other):
+            store.take_out(other)
     if users:
         log.info("the adapter %s goes with the last of %d requests that wait; no step runs now", name, users)
     else:

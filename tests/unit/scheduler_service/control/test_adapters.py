@@ -1,5 +1,6 @@
 """Adapters that are loaded and replaced while requests run."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from quartet.scheduler_service.control import adapters
 from quartet.scheduler_service.control.adapter_queue import GRACE_S
 from tests import checkpoints
 from tests.adapters import write_adapter
-from tests.live import Live
+from tests.live import DEADLINE_S, Live
 from tests.stepper import tokenized
 
 
@@ -133,6 +134,26 @@ def test_an_adapter_that_was_unloaded_takes_nobodys_place(tmp_path: Path) -> Non
     assert [*live.adapters.loaded] == ["a", "c"] and live.adapters.ending == {"b"}
     assert live.call(load(live, tmp_path, "b")).success
     assert [*live.adapters.loaded] == ["c", "b"] and not live.adapters.ending
+
+
+def test_of_adapters_that_end_one_is_in_memory_and_those_that_requests_use(live: Live, tmp_path: Path) -> None:
+    assert live.adapters is not None
+    start(live, "x")
+    live.planner.paused = True
+    assert live.call(UnloadAdapter(lora_name="a")).success
+    for name in ("b", "c"):
+        assert live.call(load(live, tmp_path, name)).success
+        assert live.call(UnloadAdapter(lora_name=name)).success
+    assert live.adapters.ending == {"a", "b", "c"} and [*live.adapters.loaded] == ["a", "c"]
+    again = tokenized("y", range(5), 2)
+    again.request.adapter, again.request.again = "b", True
+    live.send(again)
+    live.planner.paused = False
+    deadline = time.monotonic() + DEADLINE_S
+    while not (live.finish("x") and live.finish("y")):  # which waits until it was read again
+        assert time.monotonic() < deadline
+        live.step()
+    assert (len(live.output("x")), len(live.output("y"))) == (6, 2) and versions(live, "y") == {"2"}
 
 
 def test_a_restarted_scheduler_keeps_no_place_for_a_pinned_adapter_that_was_unloaded(tmp_path: Path) -> None:
