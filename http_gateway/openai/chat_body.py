@@ -81,7 +81,7 @@ def offered(body: ChatBody) -> tuple[Sequence[Tool], Literal["none", "auto", "re
         raise RequestError(
             f"tool_choice: {choice.type} is required where type is {choice.type!r}.", field="tool_choice"
         )
-    if choice.allowed_tools is None:
+    if choice.type == "function" or choice.allowed_tools is None:
         return tools, choice
     by_name = {tool.function.name: tool for tool in tools}
     names = dict.fromkeys(allowed.function.name for allowed in choice.allowed_tools.tools)

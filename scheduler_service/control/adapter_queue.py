@@ -117,7 +117,7 @@ class AdapterQueue:
 
         Call it at every turn of the loop: the work in the background goes on, and adapters that end are forgotten.
         """
-        if self._store is not None and self._store.ending:
+        if self._store is not None and (self._store.ending or self._unused_since):
             self._forget_ended(self._store)
         ready = self._take_expired()
         taken: set[str] = set()  # adapters of these

@@ -168,15 +168,13 @@ def check_name(store: "AdapterStore", command: Load) -> None:
 
     An adapter whose unloading was answered is replaced: its requests go on with the weights that come.
     """
-    name = command.lora_name
-    if name in store.ending:
-        return
-    if name in store.leaving:
+    name, loaded = command.lora_name, store.known.keys() - store.ending
+    if name in store.leaving - store.ending:
         raise CommandRefused(BEING_UNLOADED.format(name))
-    if name in store.known and not command.load_inplace:
+    if name in loaded and not command.load_inplace:
         raise CommandRefused(ALREADY_LOADED.format(name))
-    if name not in store.known and len(store.known) - len(store.ending) >= MAX_ADAPTERS:
-        raise CommandRefused(TOO_MANY.format(len(store.known) - len(store.ending)))
+    if name not in loaded and len(loaded) >= MAX_ADAPTERS:
+        raise CommandRefused(TOO_MANY.format(len(loaded)))
 
 
 def discard_payload(command: Load) -> None:
@@ -190,7 +188,7 @@ def unload(context: Context, command: UnloadAdapter) -> Resumable:
     """Take no more requests for an adapter, and wait for those that use it.
 
     While no step runs there is nothing to wait for. `AdapterQueue` forgets it a while after the last of them has ended:
-    its end may be lost with a process of the ring, and then it comes again.
+    its end may be lost with a process of the ring, and then it comes again. Of such adapters the last one is in memory.
     """
     store, name = store_of(context), command.lora_name
     users = users_of(context, name)
@@ -203,10 +201,12 @@ def unload(context: Context, command: UnloadAdapter) -> Resumable:
     while (users := users_of(context, name)) and not (context.planner.paused or context.planner.asleep):
         yield
     store.end_later(name)
+    for other in store.ending - {name}:
+        if not users_of(context, other):
+            store.take_out(other)
     if users:
         log.info("the adapter %s goes with the last of %d requests that wait; no step runs now", name, users)
     else:
-        store.take_out(name)  # a request that comes again has it read again
         log.info("unloaded the adapter %s", name)
     return answer(store, command)
 

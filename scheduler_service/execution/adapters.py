@@ -109,8 +109,8 @@ class AdapterStore(ABC):
         self.versions = saved.versions
         self.ending |= set(saved.ending)
         self.leaving |= self.ending
-        for known in saved.adapters:
-            self.known[known.name] = known
+        self.known |= {known.name: known for known in saved.adapters}
+        for known in sorted(saved.adapters, key=lambda known: not self.stays(known.name)):  # who stays needs its place
             try:
                 self.restore(known)
             except (StartupError, OSError) as error:
@@ -128,7 +128,7 @@ class AdapterStore(ABC):
         identity = adapter_identity(Path(known.directory))
         if identity != known.identity:
             known = msgspec.structs.replace(known, identity=identity, version=self.next_version())
-        if known.pinned or self.has_room():
+        if self.stays(known.name) or self.has_room():
             self.put(known.name, self.read(Path(known.directory)))
         self.known[known.name] = known
 
@@ -267,7 +267,7 @@ class AdapterStore(ABC):
             self.tell()
 
     def end_later(self, name: str) -> None:
-        """Have an adapter that leaves be forgotten with its last request, also by a restarted scheduler."""
+        """Have an adapter that leaves be forgotten a while after its last request, also by a restarted scheduler."""
         self.ending.add(name)
         self.tell()
 

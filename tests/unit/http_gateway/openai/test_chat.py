@@ -319,6 +319,11 @@ async def test_allowed_tools_are_all_that_the_model_sees_and_may_call() -> None:
         schema = json.loads(generate_of(server).request.params.json_schema or "")
         names = [call["properties"]["name"]["const"] for call in schema["items"]["anyOf"]]
         assert names == ["other", "weather"]
+        server.ring.sent.clear()
+        named = {"type": "function", "function": {"name": "weather"}}
+        await ask(server, tools=[WEATHER, OTHER], tool_choice={**allowed("auto", "other"), **named})
+        schema = json.loads(generate_of(server).request.params.json_schema or "")
+        assert [call["properties"]["name"]["const"] for call in schema["items"]["anyOf"]] == ["weather"]
 
 
 @asynchronous

@@ -270,6 +270,18 @@ def test_of_many_adapters_that_end_those_that_were_used_last_stay(monkeypatch: p
     assert case.turns(2) == [] and case.store.loaded == ["b"]
 
 
+def test_an_adapter_that_was_loaded_again_and_ends_again_stays_as_long_as_before() -> None:
+    case = Case("a", ending="a")
+    assert case.turns() == []
+    case.store.ending.clear()
+    case.now_s += GRACE_S
+    case.deadlines.advance(case.now_s, paused=False)
+    assert case.turns() == []
+    case.store.ending.add("a")
+    assert case.turns() == [] and case.store.loaded == ["a"]
+    assert case.grace() == [] and case.store.loaded == []
+
+
 def test_an_adapter_that_ends_stays_for_requests_that_wait_for_it() -> None:
     case = Case("b")
     case.runs("old", "b")

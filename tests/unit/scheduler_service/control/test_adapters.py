@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
+from quartet.scheduler_service.control import adapters
 from quartet.scheduler_service.control.adapter_queue import GRACE_S
 from tests import checkpoints
 from tests.adapters import write_adapter
-from tests.live import Live
+from tests.live import DEADLINE_S, Live
 from tests.stepper import tokenized
 
 LOOKS = 6000
@@ -139,6 +140,47 @@ def test_an_adapter_that_was_unloaded_takes_nobodys_place(tmp_path: Path) -> Non
     assert [*live.adapters.loaded] == ["a", "c"] and live.adapters.ending == {"b"}
     assert live.call(load(live, tmp_path, "b")).success
     assert [*live.adapters.loaded] == ["c", "b"] and not live.adapters.ending
+
+
+def test_of_adapters_that_end_one_is_in_memory_and_those_that_requests_use(live: Live, tmp_path: Path) -> None:
+    assert live.adapters is not None
+    start(live, "x")
+    live.planner.paused = True
+    assert live.call(UnloadAdapter(lora_name="a")).success
+    for name in ("b", "c"):
+        assert live.call(load(live, tmp_path, name)).success
+        assert live.call(UnloadAdapter(lora_name=name)).success
+    assert live.adapters.ending == {"a", "b", "c"} and [*live.adapters.loaded] == ["a", "c"]
+    again = tokenized("y", range(5), 2)
+    again.request.adapter, again.request.again = "b", True
+    live.send(again)
+    live.planner.paused = False
+    deadline = time.monotonic() + DEADLINE_S
+    while not (live.finish("x") and live.finish("y")):  # which waits until it was read again
+        assert time.monotonic() < deadline
+        live.step()
+    assert (len(live.output("x")), len(live.output("y"))) == (6, 2) and versions(live, "y") == {"2"}
+
+
+def test_a_restarted_scheduler_keeps_no_place_for_a_pinned_adapter_that_was_unloaded(tmp_path: Path) -> None:
+    settings = {"enable_lora": True, "max_loaded_loras": 1, "max_loras_per_batch": 1}
+    live = Live(checkpoints.random_model(tmp_path / "base", 0), tmp_path, **settings)
+    assert live.call(load(live, tmp_path, "b", pinned=True)).success
+    assert live.call(UnloadAdapter(lora_name="b")).success
+    assert live.call(load(live, tmp_path, "a", pinned=True)).success
+    again = Live(tmp_path / "base", tmp_path, **settings)
+    assert again.adapters is not None and [*again.adapters.known] == ["b", "a"] and again.adapters.ending == {"b"}
+    assert [*again.adapters.loaded] == ["a"]
+
+
+def test_adapters_that_end_do_not_count_and_those_that_come_back_do(
+    live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "MAX_ADAPTERS", 1)
+    assert live.call(UnloadAdapter(lora_name="a")).success
+    assert live.call(load(live, tmp_path, "b")).success
+    assert "no more are taken" in live.call(load(live, tmp_path, "a")).message
+    assert live.adapters is not None and live.adapters.ending == {"a"}
 
 
 def test_what_is_loaded_under_the_name_of_an_adapter_that_ends_goes_on_with_its_requests(
