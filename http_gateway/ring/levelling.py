@@ -72,12 +72,17 @@ class Leveller:
         if own.weight_version == REWRITTEN.format(reference.weight_version):
             log.error("Its weights were rewritten on the disk since the others read them: update the weights.")
             return
-        done: list[ControlCommand] = []
-        while (command := self._missing(rank)) is not None and command not in done:
+        previous: ControlCommand | None = None
+        while (command := self._missing(rank)) is not None:
             if isinstance(command, UnloadAdapter) and self._uses(rank, command.lora_name):
                 await asyncio.sleep(LOOK_AFTER_S)  # meanwhile, what all must serve may change
                 continue
-            done.append(msgspec.structs.replace(command))  # it gets its number when it is sent
+            if command == previous:
+                log.error(
+                    "Scheduler DP%d does not serve what the others do, though it has done %s.", rank, command.path
+                )
+                return
+            previous = msgspec.structs.replace(command)  # it gets its number when it is sent
             try:
                 answer = await self._run(command, LEVEL_TIMEOUT_S, rank)
             except (RequestError, TimeoutError) as error:
