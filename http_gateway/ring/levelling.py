@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 
 LEVEL_TIMEOUT_S = 600.0
 LOOK_AFTER_S = 1.0
+MOST_TRIES = 3  # further ones of a command that has changed nothing, within 14 s
+CANNOT = "Scheduler DP%d cannot serve what the others do: %s"
+NOTHING_CHANGED = "it has not changed what it serves"
 BEHIND = (
     "Scheduler DP%d serves version %s of the weights, the others %s, or not the same adapters; it gets no requests."
 )
@@ -72,25 +75,27 @@ class Leveller:
         if own.weight_version == REWRITTEN.format(reference.weight_version):
             log.error("Its weights were rewritten on the disk since the others read them: update the weights.")
             return
-        previous: ControlCommand | None = None
+        tries = 0
         while (command := self._missing(rank)) is not None:
             if isinstance(command, UnloadAdapter) and self._uses(rank, command.lora_name):
                 await asyncio.sleep(LOOK_AFTER_S)  # meanwhile, what all must serve may change
                 continue
-            if command == previous:
-                log.error(
-                    "Scheduler DP%d does not serve what the others do, though it has done %s.", rank, command.path
-                )
-                return
-            previous = msgspec.structs.replace(command)  # it gets its number when it is sent
+            wanted = msgspec.structs.replace(command)  # the command gets its number when it is sent
             try:
                 answer = await self._run(command, LEVEL_TIMEOUT_S, rank)
             except (RequestError, TimeoutError) as error:
-                log.error("Scheduler DP%d cannot serve what the others do: %s", rank, error)
+                log.error(CANNOT, rank, error)
                 return
-            if isinstance(answer, Reply) and not answer.success and self._schedulers.is_behind(rank):
-                log.error("Scheduler DP%d cannot serve what the others do: %s", rank, answer.message)
+            if self._missing(rank) != wanted:
+                tries = 0
+                continue
+            if tries == 0:
+                refusal = answer.message if isinstance(answer, Reply) and not answer.success else ""
+                log.error(CANNOT, rank, refusal or NOTHING_CHANGED)
+            if tries == MOST_TRIES:
                 return
+            tries += 1  # an earlier command of its own may stand in the way, which the gateway before has sent
+            await asyncio.sleep(LOOK_AFTER_S * 2**tries)
         self._say(rank)
 
     def _missing(self, rank: int) -> ControlCommand | None:

@@ -372,7 +372,7 @@ class RingClient:
 
     def _on_facts(self, facts: Facts, now: float) -> None:
         one = self.schedulers.all[facts.rank]
-        if facts.epoch < one.epoch:  # the words of one that has died may come behind its successor's
+        if facts.epoch < one.epoch + (one.heard and not one.up):  # the words of one that has ended may come late
             return
         common = self.schedulers.common(facts)
         self.on_facts(common)  # first: where it raises, nothing has been believed

@@ -7,7 +7,7 @@ import pytest
 from quartet.http_gateway.ring import levelling
 from quartet.http_gateway.ring.levelling import Leveller
 from quartet.http_gateway.ring.schedulers import Schedulers
-from quartet.runtime.adapters import UnloadAdapter
+from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
 from quartet.runtime.control import COMMAND_LOST, ControlCommand, UpdateWeightVersion
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Facts, Message, Reply
@@ -35,8 +35,10 @@ def test_an_adapter_is_unloaded_behind_the_requests_that_name_it(monkeypatch: py
         async def run(command: ControlCommand, timeout_s: float, rank: int) -> Message:
             assert isinstance(command, UnloadAdapter) and rank == 1 and not users
             given.append(command.lora_name)
+            reply = Reply(id=command.id, rank=1, body={"adapters": []})
+            schedulers.note_reply(reply)
             done.set()
-            return Reply(id=command.id, rank=1)
+            return reply
 
         leveller = Leveller(schedulers, run, lambda rank, adapter: rank == 1 and adapter in users)
         served = facts(1)
@@ -80,6 +82,37 @@ def test_nothing_is_unloaded_that_all_must_serve_by_the_end_of_the_requests(monk
         return given
 
     assert asyncio.run(asyncio.wait_for(scenario(), 60)) == []
+
+
+def test_a_command_that_an_earlier_one_stands_in_the_way_of_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levelling, "LOOK_AFTER_S", 0.0)
+    adapters = [{"name": "a", "path": "/a", "pinned": False}]
+
+    async def scenario(refusals: int) -> tuple[int, bool]:
+        schedulers, tries = Schedulers(2), 0
+
+        async def run(command: ControlCommand, timeout_s: float, rank: int) -> Message:
+            nonlocal tries
+            tries += 1
+            assert isinstance(command, LoadAdapter) and rank == 1
+            if tries <= refusals:
+                return Reply(id=command.id, rank=1, success=False, message="it is being unloaded")
+            reply = Reply(id=command.id, rank=1, body={"adapters": adapters})
+            schedulers.note_reply(reply)
+            return reply
+
+        leveller = Leveller(schedulers, run)
+        first = facts(0)
+        first.state["adapters"] = adapters
+        for told in (first, facts(1)):
+            schedulers.note_facts(told, told)
+            leveller.look_at(told.rank)
+        for _ in range(50):
+            await asyncio.sleep(0)
+        return tries, schedulers.is_behind(1)
+
+    assert asyncio.run(scenario(2)) == (3, False)
+    assert asyncio.run(scenario(9)) == (1 + levelling.MOST_TRIES, True)
 
 
 def test_a_scheduler_that_is_started_again_while_it_is_levelled_is_levelled_again() -> None:

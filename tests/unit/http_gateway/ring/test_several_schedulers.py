@@ -109,6 +109,20 @@ async def test_what_a_dead_scheduler_had_goes_on_elsewhere_at_once_and_the_rest_
 
 
 @asynchronous
+async def test_late_words_of_a_dead_scheduler_do_not_bring_it_back_nor_count_its_death_twice() -> None:
+    async with fleet() as ring:
+        await ring.end(0)
+        ring.start(0)  # said before it ended
+        await settle()
+        assert not ring.client.schedulers.all[0].up
+        noted = []
+        ring.client._quarantine.service_died = lambda role, lost: noted.append(role)  # type: ignore[assignment, return-value]
+        ring.start(0, epoch=1)
+        await settle()
+        assert ring.client.schedulers.all[0].up and noted == []
+
+
+@asynchronous
 async def test_when_the_last_one_dies_its_requests_wait_for_a_restart() -> None:
     async with fleet() as ring:
         with ring.client.open([asked("a", 0)]):
