@@ -22,6 +22,7 @@ from quartet.runtime.process.python_path import python_path
 from quartet.runtime.service import Ready
 
 READY_LINE_BYTES = 64 << 10
+STANDBY = "quartet.runtime.standby"
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")  # variables by which OpenMP binds threads to CPUs
 
 
@@ -124,16 +125,17 @@ class Child:
                 self.process.stdin.close()
 
 
-def start(service: Service, inherited: Sequence[int]) -> Child:
+def start(service: Service, inherited: Sequence[int], standby: bool = False) -> Child:
     """Start a process that imports the service's modules and then waits for its boot file.
 
-    `inherited`: descriptors that it keeps. Call from the main thread: its death signal is tied to this thread.
+    `inherited`: descriptors that it keeps. `standby`: the file may be long in coming, and its imports give way to
+    others. Call from the main thread: its death signal is tied to this thread.
     """
     ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(ready_read, False)
     try:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", service.module],
+            [sys.executable, "-P", "-m", *([STANDBY] if standby else []), service.module],
             stdin=subprocess.PIPE,
             pass_fds=[ready_write, *inherited],
             env=child_environment(os.environ, service),

@@ -251,7 +251,7 @@ class Supervisor:
             log.warning("No %s stands by: %s may still be used by %s.", service.role, left, memory.limit)
             return
         try:
-            self._standbys[service.role] = start(service, self.inherited(service))
+            self._standbys[service.role] = start(service, self.inherited(service), standby=True)
         except OSError as error:
             log.warning("No %s stands by: %s.", service.role, error)
 

@@ -363,7 +363,9 @@ def test_a_process_stands_by_unless_the_settings_forbid_it(settings, wanted, tmp
 
 def test_no_process_stands_by_where_memory_is_short(supervisor, monkeypatch, caplog):
     started = []
-    monkeypatch.setattr("quartet.runtime.launcher.supervisor.start", lambda service, _: started.append(service.role))
+    monkeypatch.setattr(
+        "quartet.runtime.launcher.supervisor.start", lambda service, _, standby: started.append((service.role, standby))
+    )
     for left in (STANDBY_BYTES - 1, STANDBY_BYTES):
         monkeypatch.setattr(
             "quartet.runtime.launcher.supervisor.look", lambda left=left: Memory(left, 1 << 34, "a limit")
@@ -371,7 +373,7 @@ def test_no_process_stands_by_where_memory_is_short(supervisor, monkeypatch, cap
         supervisor._standby_due["scheduler"] = 0.0
         supervisor._lulls["scheduler"] = Lull(latest=0.0)
         supervisor.spawn_due()
-        assert started == ([] if left < STANDBY_BYTES else ["scheduler"])
+        assert started == ([] if left < STANDBY_BYTES else [("scheduler", True)])
     assert "No scheduler stands by: 512 MB may still be used by a limit." in caplog.text
     supervisor._standbys.clear()
 
@@ -383,14 +385,16 @@ def test_another_process_stands_by_for_one_that_died_while_it_waited(supervisor,
     assert not supervisor._standbys
     assert supervisor._standby_due["scheduler"] == pytest.approx(now + STANDBY_AGAIN_S, abs=1)
     started = []
-    monkeypatch.setattr("quartet.runtime.launcher.supervisor.start", lambda service, _: started.append(service.role))
+    monkeypatch.setattr(
+        "quartet.runtime.launcher.supervisor.start", lambda service, _, standby: started.append((service.role, standby))
+    )
     monkeypatch.setattr("quartet.runtime.launcher.supervisor.look", lambda: Memory(STANDBY_BYTES, 1 << 34, "a limit"))
     monkeypatch.setattr("time.monotonic", lambda: now + 2 * STANDBY_AGAIN_S)
     supervisor.spawn_due()
     assert not started  # it has only begun to look whether the scheduler is busy
     monkeypatch.setattr("time.monotonic", lambda: now + 3 * STANDBY_AGAIN_S)
     supervisor.spawn_due()
-    assert started == ["scheduler"]
+    assert started == [("scheduler", True)]
     supervisor._standbys.clear()
 
 
