@@ -268,7 +268,7 @@ class Layers:
         widest_inner = max(layer.widest_inner for layer in self.layers)
         widths = [widest_qkv, heads, heads, widest_inner, self.hidden, max(layer.widest_gates for layer in self.layers)]
         widths += [self.streams * self.hidden, self.hidden if self.streams else 0]
-        memory = [residual.new_empty(rows, width) for width in widths]
+        memory = [residual.new_empty(native.padded(rows, native.ROWS_OF_TILES), width) for width in widths]
         said = residual.new_empty(rows, self.streams, dtype=torch.float32)
         *scratch, wide, predicted, beside = (part.data_ptr() for part in memory)
         step = Step(

@@ -11,6 +11,6 @@
 
 #define ALL_KERNELS(attention)                                                                                  \
     {                                                                                                           \
-        product, rotate, attention, norm, add_normed, add_weighted, add_float, convolve, recur, draw,           \
+        product, takes_tiles, rotate, attention, norm, add_normed, add_weighted, add_float, convolve, recur, draw,           \
             log_of_sums, gate_rows, gate_sparse, predict, correct, spread,                                      \
     }

@@ -71,6 +71,7 @@ struct product {
     int32_t threads;
     int64_t number;                    /* of this product, as adapters know it */
     const struct additions *additions; /* to the sums, before the output operation; or null */
+    int32_t x_tiles, out_tiles; /* x, or the gated result, is in tiles: (rows / 16, columns / 32, 16, 32) */
 };
 
 /* out (rows, n) += what adapters add for x (rows, k), all in float. */
@@ -269,6 +270,7 @@ struct summing {
 
 struct kernels {
     int (*product)(const struct product *);
+    int (*takes_tiles)(const struct product *); /* whether x may be in tiles; rows are rounded up to 32 then */
     void (*rotate)(const struct rotation *);
     int (*attention)(const struct attention *); /* null where there is none */
     void (*norm)(const struct rows *);       /* out = norm(x) */

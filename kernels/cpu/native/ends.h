@@ -73,12 +73,12 @@ INLINE void write_some(int output, void *to, int64_t count, vec y) {
     memcpy(to, numbers, (size_t)count * 2);
 }
 
-/* 16 columns of some rows, or the `left` that there are; sums of what the gate is multiplied with lie `up` behind. */
-INLINE void write_columns(const struct product *p, int output, int biased, int64_t column, int64_t first, int64_t rows,
-                          int64_t left, const float *sums, int64_t stride, int64_t up) {
-    int64_t out_stride = p->out_stride, size = output == OUTPUT_FLOAT ? 4 : 2;
+/* 16 columns of some rows, or the `left` that there are, to `out`, whose rows are `out_stride` numbers apart; sums of what
+ * the gate is multiplied with lie `up` behind. */
+INLINE void write_columns(const struct product *p, int output, int biased, int64_t column, int64_t rows, int64_t left,
+                          char *out, int64_t out_stride, const float *sums, int64_t stride, int64_t up) {
+    int64_t size = output == OUTPUT_FLOAT ? 4 : 2;
     int activation = p->activation;
-    char *out = (char *)p->out + (first * out_stride + column) * size;
     vec bias = vec_set(0.0f), up_bias = bias;
     if (biased) {
         bias = bias_at(p, column);

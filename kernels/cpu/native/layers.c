@@ -80,9 +80,13 @@ static int run_feed_forward(const struct kernels *kernels, const struct step *st
         gating.threads = step->threads;
         failed = run_product(kernels, step, &layer->gate_up, step->residual, step->wide);
         kernels->gate_sparse(&gating);
-    } else
-        failed = run_product(kernels, step, &layer->gate_up, step->residual, step->inner);
-    return failed | add_product(kernels, step, &layer->down, &layer->after_mlp, step->inner, scale);
+        return failed | add_product(kernels, step, &layer->down, &layer->after_mlp, step->inner, scale);
+    }
+    struct product gate_up = layer->gate_up, down = layer->down;
+    gate_up.rows = down.rows = step->rows;
+    gate_up.out_tiles = down.x_tiles = kernels->takes_tiles(&gate_up) && kernels->takes_tiles(&down);
+    failed = run_product(kernels, step, &gate_up, step->residual, step->inner);
+    return failed | add_product(kernels, step, &down, &layer->after_mlp, step->inner, scale);
 }
 
 /* step->inner = activation(gate(residual)) * input, `input` being the layer's own. */

@@ -36,6 +36,7 @@ ONEDNN_NAMES = {
     "AVX512_CORE_FP16": "avx512_bf16",
 }
 BLOCK_COLUMNS, BLOCK_DEPTH = 16, 32  # to multiples of which a packed weight is padded
+ROWS_OF_TILES = 32  # to multiples of which rows are padded that pass from one product to the next
 MOST_DIM = 512  # of an attention head
 PACKED_AT_ONCE = 4 << 20  # bytes
 NOT_QUANTIZED = Quantized()  # no numbers: the weight is packed bfloat16

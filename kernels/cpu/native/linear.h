@@ -5,8 +5,8 @@
  * the even and the odd numbers apart. n and k are padded with zeros to multiples of 16 and 32.
  *
  * Few rows: the weight is read once, in order, and reading it is what takes the time. Many rows: blocks of ROW_BLOCK
- * rows, which stay in the second cache while the weight passes; long k is cut into pieces of at most DEPTH_BLOCK for
- * the same reason, and these into steps for the first cache, with the sums kept in memory. Each number of a result is summed in one order, however many rows
+ * rows, which stay in the second cache while the weight passes; k longer than DEPTH_BLOCK is cut into pieces for the same
+ * reason, and these into steps for the first cache, with the sums kept in memory. Each number of a result is summed in one order, however many rows
  * there are: a row has the same bits alone and among others.
  *
  * A quantized weight (quantized.h) is expanded panel by panel to the same form, in memory that stays in the second cache;
@@ -24,10 +24,11 @@
 #include "vector.h"
 
 #define ROW_BLOCK 640  /* room for 512 tokens of prompts and the decode rows of their step */
-#define DEPTH_BLOCK 1024
+#define DEPTH_BLOCK 1024 /* longer k is cut into pieces, of STEP_BLOCK where there are many rows */
 #define STEP_BLOCK 512 /* of k: so much of a panel stays in the first cache while the rows pass */
 #define MANY_ROWS 64   /* with fewer rows all of k fits, and the weight comes as fast as memory gives it */
 #define CHUNK_PANELS 8 /* most panels that a thread takes at once */
+#define CHUNK_OF_PIECES 16 /* where k is cut into pieces: a chunk reads all of x, from beyond the second cache */
 #define MOST_ROWS 32   /* of a tile of sums */
 #define MOST_COLUMNS 64
 
@@ -141,21 +142,38 @@ INLINE void prepare_row(const struct plan *plan, int64_t first, int64_t row) {
 
 /* ---- sums on their way out ---- */
 
+/* 16 columns of a gated result to the tiles that the next product reads; `first`: a multiple of 16. */
+INLINE void write_to_tiles(const struct product *p, int64_t column, int64_t first, int64_t rows, const float *sums,
+                           int64_t stride, int64_t up) {
+    int64_t columns = p->n / 2;
+    for (; rows > 0; first += 16, rows -= 16, sums += 16 * stride) {
+        bf16 *tile = (bf16 *)p->out + first * columns + column / TILE_DEPTH * 16 * TILE_DEPTH;
+        char *out = (char *)(tile + column % TILE_DEPTH);
+        write_columns(p, OUTPUT_GATED, p->bias != 0, column, rows < 16 ? rows : 16, LANES, out, TILE_DEPTH, sums, stride,
+                      up);
+    }
+}
+
 static void write_tile(const struct plan *plan, int64_t panel, int64_t first, int64_t rows, const float *sums,
                        int64_t stride) {
     const struct product *p = plan->p;
     int gated = p->output == OUTPUT_GATED, width = gated ? plan->blocks / 2 : plan->blocks;
     int64_t half = gated ? p->n / 2 : p->n, up = width * LANES;
     for (int place = 0; place < width; place++, sums += LANES) {
-        int64_t column = (panel * width + place) * LANES, left = half - column;
+        int64_t column = (panel * width + place) * LANES, left = half - column, to = p->out_stride;
         if (left <= 0)
             return;
+        if (p->out_tiles) {
+            write_to_tiles(p, column, first, rows, sums, stride, up);
+            continue;
+        }
+        char *out = (char *)p->out + (first * to + column) * (p->output == OUTPUT_FLOAT ? 4 : 2);
         switch (p->output * 2 + (p->bias != 0)) {
-        case OUTPUT_BF16 * 2: write_columns(p, OUTPUT_BF16, 0, column, first, rows, left, sums, stride, up); break;
-        case OUTPUT_BF16 * 2 + 1: write_columns(p, OUTPUT_BF16, 1, column, first, rows, left, sums, stride, up); break;
-        case OUTPUT_ADD * 2: write_columns(p, OUTPUT_ADD, 0, column, first, rows, left, sums, stride, up); break;
-        case OUTPUT_GATED * 2: write_columns(p, OUTPUT_GATED, 0, column, first, rows, left, sums, stride, up); break;
-        default: write_columns(p, p->output, p->bias != 0, column, first, rows, left, sums, stride, up); break;
+        case OUTPUT_BF16 * 2: write_columns(p, OUTPUT_BF16, 0, column, rows, left, out, to, sums, stride, up); break;
+        case OUTPUT_BF16 * 2 + 1: write_columns(p, OUTPUT_BF16, 1, column, rows, left, out, to, sums, stride, up); break;
+        case OUTPUT_ADD * 2: write_columns(p, OUTPUT_ADD, 0, column, rows, left, out, to, sums, stride, up); break;
+        case OUTPUT_GATED * 2: write_columns(p, OUTPUT_GATED, 0, column, rows, left, out, to, sums, stride, up); break;
+        default: write_columns(p, p->output, p->bias != 0, column, rows, left, out, to, sums, stride, up); break;
         }
     }
 }
@@ -287,7 +305,7 @@ static void compute_block(void *argument, int thread, int threads) {
     unsigned state = _mm_getcsr();
     _mm_setcsr(state | 0x8040); /* as tiles do: numbers too small to be normal are zeros */
 #endif
-    for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++)
+    for (int64_t row = rows * thread / threads; !plan->p->x_tiles && row < rows * (thread + 1) / threads; row++)
         prepare_row(plan, block->first, row);
     for (int64_t row = rows * thread / threads; plan->plain && row < rows * (thread + 1) / threads; row++)
         prepare_row(plan->plain, block->first, row);
@@ -327,12 +345,13 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
     int threads = plan->p->threads;
     int expands = plan->p->quantized.numbers && !plan->integers;
     plan->piece = plan->step = plan->depth;
+    if (plan->depth > DEPTH_BLOCK && (expands || (rows > MANY_ROWS && !plan->integers)))
+        plan->piece = even_part(plan->depth, rows > MANY_ROWS ? STEP_BLOCK : DEPTH_BLOCK);
     if (plan->tiled || rows > MANY_ROWS) {
-        int64_t turns = (plan->panels + threads * CHUNK_PANELS - 1) / (threads * CHUNK_PANELS); /* of each thread */
+        int64_t most = threads * (plan->piece < plan->depth && rows > MANY_ROWS ? CHUNK_OF_PIECES : CHUNK_PANELS);
+        int64_t turns = (plan->panels + most - 1) / most; /* of each thread */
         block.chunk = (plan->panels + threads * turns - 1) / (threads * turns);
     }
-    if (expands || (rows > MANY_ROWS && !plan->integers))
-        plan->piece = even_part(plan->depth, DEPTH_BLOCK);
     if (plan->tiled && (expands || rows > MANY_ROWS))
         plan->step = even_part(plan->piece, STEP_BLOCK);
     else
@@ -372,13 +391,26 @@ static int plan_adapters(struct plan *plan, struct plan *plain, int64_t rows) {
     return plain->x ? 0 : -1;
 }
 
+INLINE int as_integers(const struct product *p) {
+    return p->quantized.numbers && !p->quantized.exact && p->rows <= MOST_INTEGER_ROWS;
+}
+
+INLINE int as_tiles(const struct product *p) {
+#if defined(__AMX_BF16__)
+    return p->rows > FEW_ROWS && !as_integers(p);
+#else
+    (void)p;
+    return 0;
+#endif
+}
+
+static int takes_tiles(const struct product *p) { return as_tiles(p) && p->k % TILE_DEPTH == 0; }
+
 static int product(const struct product *p) {
     struct plan plan = {.p = p, .grid_rows = GRID_ROWS, .blocks = GRID_BLOCKS}, plain;
     int gated = p->output == OUTPUT_GATED;
-    plan.integers = p->quantized.numbers && !p->quantized.exact && p->rows <= MOST_INTEGER_ROWS;
-#if defined(__AMX_BF16__)
-    plan.tiled = p->rows > FEW_ROWS && !plan.integers;
-#endif
+    plan.integers = as_integers(p);
+    plan.tiled = as_tiles(p);
     if (plan.integers) {
         plan.blocks = FEW_BLOCKS;
         plan.grid_rows = p->rows < 3 ? (int)p->rows : 4;
@@ -396,7 +428,7 @@ static int product(const struct product *p) {
     int64_t block = round_up((p->rows + blocks - 1) / blocks, MOST_ROWS);
     int64_t most = p->rows < block ? p->rows : block;
     int64_t pad = plan.tiled && most <= 16 ? 16 : plan.grid_rows;
-    plan.x = quartet_scratch(0, round_up(most, pad) * plan.depth * (int64_t)sizeof(factor));
+    plan.x = p->x_tiles ? (factor *)p->x : quartet_scratch(0, round_up(most, pad) * plan.depth * (int64_t)sizeof(factor));
     if (!plan.x)
         return -1;
     if (plan.integers)
@@ -406,6 +438,8 @@ static int product(const struct product *p) {
     for (int64_t first = 0; first < p->rows; first += block) {
         int64_t rows = p->rows - first < block ? p->rows - first : block;
         plan.padded_rows = round_up(rows, pad);
+        if (p->x_tiles)
+            plan.added.x = plan.x = (factor *)(p->x + first * plan.depth);
         int failed = run_block(&plan, first, rows);
         if (failed)
             return failed;

@@ -79,6 +79,8 @@ class Product(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("number", ctypes.c_int64),
         ("additions", ctypes.POINTER(Additions)),
+        ("x_tiles", ctypes.c_int32),
+        ("out_tiles", ctypes.c_int32),
     )
 
 
