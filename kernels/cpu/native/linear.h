@@ -24,8 +24,9 @@
 #include "vector.h"
 
 #define ROW_BLOCK 640  /* room for 512 tokens of prompts and the decode rows of their step */
-#define DEPTH_BLOCK 1024 /* longer k is cut into pieces, of STEP_BLOCK where there are many rows */
-#define STEP_BLOCK 512 /* of k: so much of a panel stays in the first cache while the rows pass */
+#define DEPTH_BLOCK 1024 /* longer k is cut into pieces: of a step where x is in tiles */
+#define STEP_BLOCK 256 /* of k: so much of a panel stays in the first cache while many rows pass */
+#define FEW_STEP_BLOCK 512 /* the same, of an expanded panel and fewer rows than two times MANY_ROWS */
 #define MANY_ROWS 64   /* with fewer rows all of k fits, and the weight comes as fast as memory gives it */
 #define CHUNK_PANELS 8 /* most panels that a thread takes at once */
 #define CHUNK_OF_PIECES 16 /* where k is cut into pieces: a chunk reads all of x, from beyond the second cache */
@@ -343,17 +344,18 @@ INLINE int64_t even_part(int64_t depth, int64_t most) {
 static int run_block(struct plan *plan, int64_t first, int64_t rows) {
     struct block block = {.plan = plan, .first = first, .rows = rows, .chunk = 1};
     int threads = plan->p->threads;
-    int expands = plan->p->quantized.numbers && !plan->integers;
+    int expands = plan->p->quantized.numbers && !plan->integers, many = rows > MANY_ROWS, deep;
     plan->piece = plan->step = plan->depth;
-    if (plan->depth > DEPTH_BLOCK && (expands || (rows > MANY_ROWS && !plan->integers)))
-        plan->piece = even_part(plan->depth, rows > MANY_ROWS ? STEP_BLOCK : DEPTH_BLOCK);
-    if (plan->tiled || rows > MANY_ROWS) {
-        int64_t most = threads * (plan->piece < plan->depth && rows > MANY_ROWS ? CHUNK_OF_PIECES : CHUNK_PANELS);
+    deep = plan->depth > DEPTH_BLOCK && (expands || (many && !plan->integers));
+    if (deep)
+        plan->piece = even_part(plan->depth, plan->tiled && many ? STEP_BLOCK : DEPTH_BLOCK);
+    if (plan->tiled || many) {
+        int64_t most = threads * (deep && plan->tiled && many ? CHUNK_OF_PIECES : CHUNK_PANELS);
         int64_t turns = (plan->panels + most - 1) / most; /* of each thread */
         block.chunk = (plan->panels + threads * turns - 1) / (threads * turns);
     }
-    if (plan->tiled && (expands || rows > MANY_ROWS))
-        plan->step = even_part(plan->piece, STEP_BLOCK);
+    if (plan->tiled && (expands || many))
+        plan->step = even_part(plan->piece, expands && rows <= 2 * MANY_ROWS ? FEW_STEP_BLOCK : STEP_BLOCK);
     else
         plan->step = plan->piece;
     if (plan->step < plan->depth) {
