@@ -52,6 +52,7 @@ class SchedulerState:
     requests: int = 0  # unfinished ones that are its own
     sent: int = 0  # ever
     served: Served = field(default_factory=Served)
+    unloaded: dict[str, str] = field(default_factory=dict)  # adapters that it keeps nevertheless: name → version
     facts: Facts | None = None
     prefixes: PrefixMemory = field(default_factory=PrefixMemory)
 
@@ -158,6 +159,7 @@ class Schedulers:
     def note_facts(self, facts: Facts, common: Facts) -> bool:
         """A scheduler speaks; `common`: what holds for all. Returns whether it was started again."""
         one = self.all[facts.rank]
+        one.unloaded = msgspec.convert(facts.state.get("unloaded_adapters", {}), dict[str, str])
         restarted = one.heard and facts.epoch > one.epoch
         if restarted:
             one.prefixes.forget()

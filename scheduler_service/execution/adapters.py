@@ -267,7 +267,7 @@ class AdapterStore(ABC):
             self.tell()
 
     def end_later(self, name: str) -> None:
-        """Have an adapter that leaves be forgotten a while after its last request, also by a restarted scheduler."""
+        """Have an adapter that leaves be forgotten when no request needs it, also by a restarted scheduler."""
         self.ending.add(name)
         self.tell()
 
