@@ -138,7 +138,7 @@ class Schedulers:
     def choose_again(self, generate: Generate, rank: int) -> int:
         """The same for a request that this scheduler had when it ended.
 
-        It waits for that one where it uses an adapter that is being unloaded: the others may have forgotten it.
+        It waits for that one where it uses an adapter that was unloaded: it alone is sure to have it.
         """
         if not (self.several and self._is_unloaded(generate.request.adapter)):
             return self.choose(generate)
