@@ -87,16 +87,17 @@ class AdapterQueue:
             self._unneeded[name] = version
 
     def check(self, request: Request) -> None:
-        """Raise RequestError for a request that arrives and names an adapter which it may not name.
+        """Raise RequestError for a request that arrives and names an adapter that is not there.
 
-        One that was there before its adapter was unloaded goes on with it when it comes again, behind any restart.
+        The gateway refuses requests for an adapter that is unloaded. One that it took before is computed with it, also
+        when it comes late, or again behind any restart.
         """
         name = request.adapter
         if not name:
             return
         if self._store is None:
             raise RequestError(LORA_OFF, field="lora_path")
-        if not self._store.is_served(name) and not (request.again and name in self._store.known):
+        if name not in self._store.known:
             raise RequestError(NEVER_LOADED.format(name), field="lora_path")
 
     def takes(self, message: Tokenized, grammar: Grammar | None) -> bool:

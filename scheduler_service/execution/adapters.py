@@ -292,7 +292,7 @@ class AdapterStore(ABC):
 
     def state(self) -> list[dict[str, Any]]:
         """Facts.state["adapters"]: all that requests may name."""
-        served = [known for known in self.known.values() if known.name not in self.leaving]
+        served = [known for known in self.known.values() if self.is_served(known.name)]
         return [
             msgspec.to_builtins(
                 Adapter(

@@ -98,6 +98,7 @@ async def test_what_was_lost_with_a_service_is_said_again(role: str) -> None:
 async def test_a_restarted_scheduler_keeps_an_adapter_for_the_requests_that_it_gets_again() -> None:
     async with connected() as ring:
         ring.client.open([asked("x")])
+        ring.transport.sent.clear()
         ring.transport.push(keeps(epoch=1, a="1"))
         await ring.settle()
         assert ring.rids == ["x"] and forgotten(ring) == []

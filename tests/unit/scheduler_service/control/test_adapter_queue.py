@@ -316,8 +316,6 @@ def test_an_adapter_that_ends_stays_for_requests_whose_grammar_is_compiled() -> 
 def test_after_a_restart_an_adapter_that_ends_waits_for_the_requests_that_come_again() -> None:
     case = Case("a", ending="a")
     assert case.turns(2) == [] and case.store.loaded == ["a"]
-    with pytest.raises(RequestError, match="never been loaded: a"):
-        case.put("new", "a")
     assert not case.put("old", "a", attempt=1, again=True)
     case.runs("old", "a")
     assert case.let_go("a") == [] and case.store.loaded == ["a"]
@@ -325,13 +323,16 @@ def test_after_a_restart_an_adapter_that_ends_waits_for_the_requests_that_come_a
     assert case.let_go("a") == [] and case.store.loaded == []
 
 
-def test_a_request_that_comes_again_goes_on_with_an_adapter_that_leaves() -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_a_request_that_comes_again_or_late_is_computed_with_an_adapter_that_was_unloaded(again: bool) -> None:
     case = Case("a")
-    case.runs("1", "a")
     case.store.leaving.add("a")
+    assert not case.put("1", "a", again=again)
+    case.store.ending.add("a")
+    assert not case.put("2", "a", again=again)
+    case.let_go("a")
     with pytest.raises(RequestError, match="never been loaded: a"):
-        case.put("2", "a")
-    assert not case.put("1", "a", attempt=1, again=True)
+        case.put("3", "a", again=again)
 
 
 def test_a_request_that_was_let_in_goes_on_with_an_adapter_that_is_unloaded_meanwhile() -> None:
@@ -340,5 +341,3 @@ def test_a_request_that_was_let_in_goes_on_with_an_adapter_that_is_unloaded_mean
     case.queue.check(request)
     case.store.ending.add("a")
     assert not case.queue.takes(Tokenized(request=request, prompt_ids=pack_ids([1])), None)
-    with pytest.raises(RequestError, match="never been loaded: a"):
-        case.put("2", "a")
