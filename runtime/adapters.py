@@ -86,5 +86,15 @@ class UnloadAdapter(ControlCommand, tag="unload_lora_adapter", kw_only=True):
     lora_name: AdapterName
 
 
+class ForgetAdapter(ControlCommand, tag="forget_adapter", kw_only=True):
+    """The gateway's word that no unfinished request names an adapter which was unloaded. No reply is sent.
+
+    Another version of it stays: it was loaded again meanwhile.
+    """
+
+    lora_name: str
+    version: str  # as `Facts.state["unloaded_adapters"]` has it
+
+
 Load = LoadAdapter | LoadAdapterFromTensors | LoadAdapterFromDistributed
 AdapterCommand = Load | UnloadAdapter

@@ -10,7 +10,13 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from quartet.runtime.adapters import LoadAdapter, LoadAdapterFromDistributed, LoadAdapterFromTensors, UnloadAdapter
+from quartet.runtime.adapters import (
+    ForgetAdapter,
+    LoadAdapter,
+    LoadAdapterFromDistributed,
+    LoadAdapterFromTensors,
+    UnloadAdapter,
+)
 from quartet.runtime.command import ControlCommand as ControlCommand
 from quartet.runtime.limits import MAX_STEP_SLEEP_S
 from quartet.runtime.messages import Chat
@@ -357,6 +363,7 @@ Command = (
     | LoadAdapterFromTensors
     | LoadAdapterFromDistributed
     | UnloadAdapter
+    | ForgetAdapter
 )
 
 COMMANDS: tuple[type[ControlCommand], ...] = Command.__args__

@@ -220,7 +220,7 @@ class Scheduler:
             "paused": self.planner.paused,
             **({} if self.sleeper is None else {"sleeping": self.sleeping}),
             **self.memory_state(),
-            **({} if self.adapters is None else {"adapters": self.adapters.state()}),
+            **self.adapter_queue.state(),
         }
 
     @property

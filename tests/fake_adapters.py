@@ -83,8 +83,9 @@ class Store:
     def version_of(self) -> dict[str, str]:
         return versions
 
-    def is_served(self, name: str) -> bool:
-        return name in known
+    @property
+    def known(self) -> dict[str, Adapter]:
+        return known
 
     def use(self, name: str) -> bool:
         """Every adapter that is known is there."""

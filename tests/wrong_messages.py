@@ -90,6 +90,7 @@ FIELDS: dict[str, dict[str, Any]] = {  # of commands that have fields without a 
         "shapes": [[2]],
     },
     "UnloadAdapter": {"lora_name": "a"},
+    "ForgetAdapter": {"lora_name": "a", "version": "1"},
     "Tokenize": {"texts": ["a"], "chat": CHAT},
     "Detokenize": {"ids": [pack_ids([3])]},
 }

@@ -105,11 +105,13 @@ class Quarantine:
         self.cleared = not self._clearing
         return True
 
-    def block(self, generate: Generate, now: float) -> None:
-        """Refuse equal requests for a while."""
-        self._blocked[request_digest(generate)] = now
+    def block(self, poison: JournalEntry, unfinished: Iterable[JournalEntry], now: float) -> list[JournalEntry]:
+        """Refuse requests equal to this one for a while. Returns it, and those of them that are unfinished."""
+        digest = request_digest(poison.generate)
+        self._blocked[digest] = now
         while len(self._blocked) > BLOCKED_KEPT:
             self._blocked.popitem(last=False)
+        return [entry for entry in unfinished if entry is poison or request_digest(entry.generate) == digest]
 
     def blocks(self, generate: Generate, now: float) -> bool:
         """Whether an equal request was blocked lately."""

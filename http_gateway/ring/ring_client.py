@@ -22,12 +22,13 @@ from quartet.http_gateway.ring import death_watch
 from quartet.http_gateway.ring.aborts import RelayedAborts, abort_finish, matches
 from quartet.http_gateway.ring.admission import check_each, check_room
 from quartet.http_gateway.ring.commands import Commands, UnansweredCommand
-from quartet.http_gateway.ring.journal import JournalEntry, is_lost, names_adapter, request_digest
+from quartet.http_gateway.ring.journal import JournalEntry, is_lost, names_adapter
 from quartet.http_gateway.ring.levelling import Leveller
 from quartet.http_gateway.ring.quarantine import POISON_REQUEST, Quarantine
 from quartet.http_gateway.ring.request_group import RequestGroup
 from quartet.http_gateway.ring.schedulers import Schedulers
 from quartet.http_gateway.ring.transport import Meter, Receiver, Sender, send_frame
+from quartet.http_gateway.ring.unloaded import UnloadedAdapters
 from quartet.runtime.control import Abort, ControlCommand, Probe
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.guard import Announced, Guard, end_of
@@ -92,6 +93,7 @@ class RingClient:
         self._watch = watch
         self._commands = Commands(partial(send_frame, outbox), self._serials, self.schedulers)
         self._leveller = Leveller(self.schedulers, self._commands.run, partial(names_adapter, self._pending))
+        self._unloaded = UnloadedAdapters(self.schedulers, self._pending, outbox.send)
         self._idle = asyncio.Event()
         self._idle.set()
         self._receive: dict[type, Callable[[Any, float], None]] = {
@@ -239,12 +241,9 @@ class RingClient:
 
     def _end_poison_request(self, poison: JournalEntry, role: str) -> None:
         """End the request that ended a service, and all equal ones; block them for a while."""
-        self._quarantine.block(poison.generate, time.monotonic())
-        found = request_digest(poison.generate)
-        for entry in list(self._pending.values()):
-            if entry is poison or request_digest(entry.generate) == found:
-                self._send_aborts([entry.abort()])
-                self._end(entry, Finish.internal(POISON_REQUEST.format(role=role)))
+        for entry in self._quarantine.block(poison, self._pending.values(), time.monotonic()):
+            self._send_aborts([entry.abort()])
+            self._end(entry, Finish.internal(POISON_REQUEST.format(role=role)))
 
     def _send_ready(self, commands: Sequence[UnansweredCommand] = ()) -> int:
         """Send the requests that are not in the ring and may be, and commands; how many requests that were."""
@@ -336,6 +335,7 @@ class RingClient:
         if ended:
             del self._pending[text.tokens.rid]
             self.schedulers.release(entry.rank)
+            self._unloaded.request_ended(entry.request.adapter)
             if not self._pending:
                 self._idle.set()
         entry.delivered += text.tokens.ids
@@ -378,11 +378,11 @@ class RingClient:
         self.on_facts(common)  # first: where it raises, nothing has been believed
         new = not one.heard or facts.epoch > one.epoch
         given_away, one.given_away = one.given_away, False
-        restarted = self.schedulers.note_facts(facts, common)
-        if restarted:  # what was given away is elsewhere by now, but for what found no other that serves
+        if self.schedulers.note_facts(facts, common):  # what was given away is elsewhere, but for what found no other
             self._recover(SCHEDULER, facts.rank, news=not given_away)
         if new and facts.pid and self.schedulers.several:
             self._watch(facts.pid, partial(self._on_death, facts.rank, facts.epoch))
+        self._unloaded.look()
         self._leveller.look_at(facts.rank)
 
     def _on_abort(self, abort: Abort, now: float) -> None:

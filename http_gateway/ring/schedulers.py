@@ -52,6 +52,7 @@ class SchedulerState:
     requests: int = 0  # unfinished ones that are its own
     sent: int = 0  # ever
     served: Served = field(default_factory=Served)
+    unloaded: dict[str, str] = field(default_factory=dict)  # adapters that it keeps nevertheless: name → version
     facts: Facts | None = None
     prefixes: PrefixMemory = field(default_factory=PrefixMemory)
 
@@ -137,7 +138,7 @@ class Schedulers:
     def choose_again(self, generate: Generate, rank: int) -> int:
         """The same for a request that this scheduler had when it ended.
 
-        It waits for that one where it uses an adapter that is being unloaded: the others may have forgotten it.
+        It waits for that one where it uses an adapter that was unloaded: it alone is sure to have it.
         """
         if not (self.several and self._is_unloaded(generate.request.adapter)):
             return self.choose(generate)
@@ -158,6 +159,7 @@ class Schedulers:
     def note_facts(self, facts: Facts, common: Facts) -> bool:
         """A scheduler speaks; `common`: what holds for all. Returns whether it was started again."""
         one = self.all[facts.rank]
+        one.unloaded = msgspec.convert(facts.state.get("unloaded_adapters", {}), dict[str, str])
         restarted = one.heard and facts.epoch > one.epoch
         if restarted:
             one.prefixes.forget()

@@ -7,8 +7,7 @@ memory cannot keep the others out. Requests for the base never wait here.
 
 from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
-from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quartet.runtime.adapters import LORA_OFF, NEVER_LOADED
 from quartet.runtime.errors import CommandRefused, Kind, RequestError, StartupError
@@ -19,8 +18,6 @@ from quartet.scheduler_service.grammar.matchers import Grammar
 if TYPE_CHECKING:  # it loads torch; the object comes with the scheduler
     from quartet.scheduler_service.execution.adapters import AdapterStore, Known, Read
 
-GRACE_S = 60.0  # so long requests may take to come again, whose ends were lost with a process of the ring
-MOST_KEPT = 16  # adapters that wait for such requests: their files may take room
 NOT_READ = "The adapter {} cannot be read: {}"
 
 
@@ -69,7 +66,7 @@ class AdapterQueue:
         self._waiting: dict[str, Waiting] = {}
         self._reading: Reading | None = None
         self._to_come = to_come
-        self._unused_since: dict[str, float] = {}  # by adapter that ends; the clock of time limits, still in a pause
+        self._unneeded: dict[str, str] = {}  # adapters that no unfinished request of the gateway names → version
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -78,17 +75,29 @@ class AdapterQueue:
     def requests(self) -> list[Request]:
         return [waiting.message.request for waiting in self._waiting.values()]
 
-    def check(self, request: Request) -> None:
-        """Raise RequestError for a request that arrives and names an adapter which it may not name.
+    def state(self) -> dict[str, Any]:
+        """What of `Facts.state` is about adapters."""
+        if self._store is None:
+            return {}
+        return {"adapters": self._store.state(), "unloaded_adapters": ending(self._store)}
 
-        One that was there before its adapter was unloaded goes on with it when it comes again, behind any restart.
+    def let_go(self, name: str, version: str) -> None:
+        """The gateway has no unfinished request that names this adapter: it is forgotten behind those that are here."""
+        if self._store is not None and ending(self._store).get(name) == version:
+            self._unneeded[name] = version
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError for a request that arrives and names an adapter that is not there.
+
+        The gateway refuses requests for an adapter that is unloaded. One that it took before is computed with it, also
+        when it comes late, or again behind any restart.
         """
         name = request.adapter
         if not name:
             return
         if self._store is None:
             raise RequestError(LORA_OFF, field="lora_path")
-        if not self._store.is_served(name) and not (request.again and name in self._store.known):
+        if name not in self._store.known:
             raise RequestError(NEVER_LOADED.format(name), field="lora_path")
 
     def takes(self, message: Tokenized, grammar: Grammar | None) -> bool:
@@ -117,8 +126,8 @@ class AdapterQueue:
 
         Call it at every turn of the loop: the work in the background goes on, and adapters that end are forgotten.
         """
-        if self._store is not None and (self._store.ending or self._unused_since):
-            self._forget_ended(self._store)
+        if self._store is not None and self._unneeded:
+            self._forget_unneeded(self._store)
         ready = self._take_expired()
         taken: set[str] = set()  # adapters of these
         while self._waiting and self._store is not None:
@@ -142,15 +151,14 @@ class AdapterQueue:
             self._reading.work.close()
         self._reading = None
 
-    def _forget_ended(self, store: "AdapterStore") -> None:
-        """Forget the adapters whose unloading was answered, a while after the last request that has used them."""
+    def _forget_unneeded(self, store: "AdapterStore") -> None:
+        """Forget the adapters that end and that nobody names any more; one that was loaded again stays."""
+        versions = ending(store)
+        self._unneeded = {name: one for name, one in self._unneeded.items() if versions.get(name) == one}
         in_use = self._in_use({request.adapter for request in (*self.requests, *self._to_come())})
-        clock_s, since_s = self._planner.deadlines.clock_s, self._unused_since
-        self._unused_since = {name: since_s.get(name, clock_s) for name in store.ending - in_use}
-        longest_first = sorted(self._unused_since.items(), key=itemgetter(1))
-        too_many = len(longest_first) - MOST_KEPT
-        ended = [name for i, (name, since) in enumerate(longest_first) if i < too_many or clock_s - since >= GRACE_S]
+        ended = [name for name in self._unneeded if name not in in_use]
         for name in ended:
+            del self._unneeded[name]
             store.forget(name)
         if ended:
             self._on_change()
@@ -207,6 +215,11 @@ class AdapterQueue:
     def _in_use(self, taken: Collection[str]) -> set[str]:
         """The adapters of requests that the planner has or gets now."""
         return {*taken, *(sequence.request.adapter for sequence in self._planner.live.values())}
+
+
+def ending(store: "AdapterStore") -> dict[str, str]:
+    """The adapters whose unloading was answered → version."""
+    return {name: known.version for name, known in store.known.items() if name in store.ending}
 
 
 def read(store: "AdapterStore", known: "Known") -> "Read":

@@ -16,6 +16,7 @@ from quartet.runtime.adapters import (
     DISTRIBUTED_PATH,
     LORA_OFF,
     TENSORS_PATH,
+    ForgetAdapter,
     Load,
     LoadAdapter,
     LoadAdapterFromDistributed,
@@ -187,8 +188,8 @@ def discard_payload(command: Load) -> None:
 def unload(context: Context, command: UnloadAdapter) -> Resumable:
     """Take no more requests for an adapter, and wait for those that use it.
 
-    While no step runs there is nothing to wait for. `AdapterQueue` forgets it a while after the last of them has ended:
-    its end may be lost with a process of the ring, and then it comes again. Of such adapters the last one is in memory.
+    While no step runs there is nothing to wait for. It is kept until `ForgetAdapter` says that none of its requests can
+    come again: one whose end was lost with a process of the ring does. Of such adapters the last one is in memory.
     """
     store, name = store_of(context), command.lora_name
     users = users_of(context, name)
@@ -204,11 +205,18 @@ def unload(context: Context, command: UnloadAdapter) -> Resumable:
     for other in store.ending - {name}:
         if not users_of(context, other):
             store.take_out(other)
+    context.tell_state()
     if users:
         log.info("the adapter %s goes with the last of %d requests that wait; no step runs now", name, users)
     else:
         log.info("unloaded the adapter %s", name)
     return answer(store, command)
+
+
+def forget(context: Context, command: ForgetAdapter) -> list[Message]:
+    """Forget an adapter that was unloaded, as soon as no request names it here."""
+    context.adapter_queue.let_go(command.lora_name, command.version)
+    return []
 
 
 def users_of(context: Context, name: str) -> int:
@@ -228,4 +236,5 @@ HANDLERS: dict[type[ControlCommand], Handler] = {
     LoadAdapterFromTensors: load_from_tensors,
     LoadAdapterFromDistributed: exclusive(load_from_distributed),
     UnloadAdapter: unload,
+    ForgetAdapter: forget,
 }

@@ -9,6 +9,7 @@ from quartet.runtime.messages import Message, Request
 from quartet.scheduler_service.core.planner import Planner
 
 if TYPE_CHECKING:  # these load torch; the objects come with the scheduler
+    from quartet.scheduler_service.control.adapter_queue import AdapterQueue
     from quartet.scheduler_service.execution.adapters import AdapterStore
     from quartet.scheduler_service.execution.experts import ExpertRecorder
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
@@ -54,6 +55,7 @@ class Context(Protocol):
     updates: "Updates | None"  # None: the weights stay as they are
     saver: "MemorySaver | None"  # None: memory is never released
     adapters: "AdapterStore | None"  # None: requests cannot name any
+    adapter_queue: "AdapterQueue"
     profile: "Profile | None"  # a recording under way
     step_sleep_s: float  # before every step
     decisions: Decisions  # of the gateway, on changes that all schedulers make

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from quartet.runtime.adapters import ForgetAdapter
 from quartet.runtime.control import REWRITTEN, Abort, ControlCommand, Probe
 from quartet.runtime.errors import CommandRefused
 from quartet.scheduler_service.control.context import Context
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
 MOST_TRIES = 12
-OVERTAKING = (Probe, Abort)  # need neither weights nor keys and values
+OVERTAKING = (Probe, Abort, ForgetAdapter)  # need neither weights nor keys and values
 
 
 class WakeFailed(Exception):

@@ -267,7 +267,7 @@ class AdapterStore(ABC):
             self.tell()
 
     def end_later(self, name: str) -> None:
-        """Have an adapter that leaves be forgotten a while after its last request, also by a restarted scheduler."""
+        """Have an adapter that leaves be forgotten when no request needs it, also by a restarted scheduler."""
         self.ending.add(name)
         self.tell()
 
@@ -292,7 +292,7 @@ class AdapterStore(ABC):
 
     def state(self) -> list[dict[str, Any]]:
         """Facts.state["adapters"]: all that requests may name."""
-        served = [known for known in self.known.values() if known.name not in self.leaving]
+        served = [known for known in self.known.values() if self.is_served(known.name)]
         return [
             msgspec.to_builtins(
                 Adapter(

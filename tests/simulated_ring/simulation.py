@@ -31,21 +31,15 @@ from quartet.http_gateway.ring.aborts import matches
 from quartet.runtime.control import Abort, ContinueGeneration, ControlCommand, Detokenize, Probe, ResumeMemory, Tokenize
 from quartet.runtime.messages import Generate, Message, Text, Tokenized, Tokens, process_key
 from quartet.runtime.sockets import encode
-from quartet.scheduler_service.core.drafts import DraftOptions
-from quartet.scheduler_service.core.rules import PlannerConfig
-from quartet.tokenizer_service.encode import Encoder
-from quartet.tokenizer_service.jobs import Pace
-from tests.fakes import AtOnce
 from tests.simulated_ring import adapters as adapting
 from tests.simulated_ring import memory, services
 from tests.simulated_ring.checks import check
 from tests.simulated_ring.clock import Action, Agenda
 from tests.simulated_ring.disks import snapshots_of, tier_of
-from tests.simulated_ring.faults import Fault
 from tests.simulated_ring.gateway import GatewayProcess, Watch
 from tests.simulated_ring.group import ranks_of
 from tests.simulated_ring.links import Inbox, Link
-from tests.simulated_ring.load import VOCAB_SIZE, Call, Clients, Operator, Order, is_done, tokenizer, vocabulary
+from tests.simulated_ring.load import Call, Clients, Operator, Order, is_done, vocabulary
 from tests.simulated_ring.scheduler import Disk, SchedulerProcess
 from tests.simulated_ring.services import (
     DETOKENIZER,
@@ -58,20 +52,18 @@ from tests.simulated_ring.services import (
     Process,
     TokenizerProcess,
 )
+from tests.simulated_ring.settings import encoder, keeps, planner_config
 from tests.simulated_ring.trace import line
+from tests.simulated_ring.turns import Turns
 from tests.wrong_messages import MESSAGES, wrong
 
-TURN_S = 0.0005  # the mean time of a turn
 PAUSED_S = 100.0  # a pause lasts at the end of a run, at most
-MOST_TURNS = 250_000  # a command with 10,000 texts, encoded one a step, takes about 60,000
-LOOK_EVERY = 24  # turns in which nothing happened
 HORIZON_S = 1.0  # of the load and the deaths
 MOST_POINTS = 8  # of a process until a death that is due
 COME_AGAIN_S = 0.05  # clients that find no gateway
 BIRTHS_S = (0.02, 0.05, 0.2)
 HANGS_S = (0.01, 0.1)  # until a process that does not move is killed
 FORGERIES = [m for m in MESSAGES if isinstance(m, Generate | Tokenized | Tokens | Text | Tokenize | Detokenize | Probe)]
-WEIGHTS = (1, 1, 4, 4, 16)  # how often it is an actor's turn
 DYING = ROLES[:3]
 ADAPTER_COMMANDS = 0.6  # the share of commands, in a run with adapters
 MEMORY_COMMANDS = 0.4  # likewise, in one with memory that is released
@@ -84,7 +76,6 @@ class Simulation:
     def __init__(self, seed: int, trace: Callable[[str], None] | None = None) -> None:
         self.random = random = Random(seed)
         self.agenda = Agenda()
-        self.turns = 0
         self.deaths_are_over = False
         self.kills: Counter[str] = Counter()  # by chance, not by a poison
         self.deaths: Counter[str] = Counter()
@@ -114,8 +105,8 @@ class Simulation:
         self._pids = itertools.count(1)
         self._trace = trace
         self._order = 0
-        self._actors: list[Callable[[], bool]] = [link.turn for link in self.links.values()]
-        self._actors += [self._actor(key) for key in self.roles]
+        actors = [link.turn for link in self.links.values()] + [self._actor(key) for key in self.roles]
+        self.turns = Turns(actors, self.agenda, random, self.at_rest)
 
     def run(self) -> None:
         """From the first process to the last check. Raises Fault, and whatever a service should not have raised."""
@@ -126,11 +117,11 @@ class Simulation:
             self.disks = [Disk(str(Path(run_dir) / str(rank)), self.ranks) for rank in range(self.schedulers)]
             for key in self.roles:
                 self._start(key, 0)
-            self._shuffle()
-            self._run_until(lambda: self._open_gateway is not None)
+            self.turns.shuffle()
+            self.turns.run_until(lambda: self._open_gateway is not None)
             self._plan()
-            self._run_until(lambda: self.deaths_are_over)
-            self._weights = list(range(1, len(self._actors) + 1))
+            self.turns.run_until(lambda: self.deaths_are_over)
+            self.turns.level()
             self._come_to_rest()
             check(self)
 
@@ -161,7 +152,7 @@ class Simulation:
         for _ in range(random.choice([0, 1, 2, 3, 5, 8])):
             self._sometime(self._kill_some)
         for _ in range(random.randint(0, 4)):
-            self._sometime(self._shuffle)
+            self._sometime(self.turns.shuffle)
         for _ in range(random.choice([0, 0, 0, 1, 4])):
             self._sometime(self._forge)
         self._employ_operator(random.choice([0, 2, 6, 12]))
@@ -169,11 +160,6 @@ class Simulation:
 
     def _sometime(self, action: Action) -> None:
         self.agenda.after(self.random.uniform(0, HORIZON_S), action)
-
-    def _shuffle(self) -> None:
-        """Some are slow now and others quick."""
-        weights = [self.random.choice(WEIGHTS) for _ in self._actors]
-        self._weights = [sum(weights[: i + 1]) for i in range(len(weights))]
 
     # clients and the operator
 
@@ -373,23 +359,6 @@ class Simulation:
 
         return turn
 
-    def _run_until(self, done: Callable[[], bool]) -> None:
-        """Turns of random actors; when nothing can happen, what is due next. Returns when nothing is due either."""
-        idle, random, agenda = 0, self.random, self.agenda
-        while not done():
-            self.turns += 1
-            if self.turns > MOST_TURNS:
-                raise Fault(f"the ring does not come to rest in {MOST_TURNS} turns")
-            agenda.now += random.random() * 2 * TURN_S
-            agenda.run_due()
-            (actor,) = random.choices(self._actors, cum_weights=self._weights)
-            idle = 0 if actor() else idle + 1
-            if idle and idle % LOOK_EVERY == 0 and self.at_rest:
-                if not agenda:
-                    return
-                agenda.skip_to_next()
-
-    @property
     def at_rest(self) -> bool:
         """Nothing happens before something is due."""
         links = all(link.at_rest for link in self.links.values())
@@ -399,15 +368,11 @@ class Simulation:
         """Let everything end, what a pause or the lack of memory holds up as well."""
         last: list[Order] = []
         while not (last and all(map(is_done, last))):
-            self._run_for(PAUSED_S)  # not until nothing is due: some look again and again whether a pause is over
+            self.turns.run_for(PAUSED_S)  # not until nothing is due: some look again and again whether a pause is over
             last = []
             gateway = self.processes[GATEWAY]
             gateway.loop.create_task(self._wake(gateway, last))
-            self._run_until(lambda: False)
-
-    def _run_for(self, seconds: float) -> None:
-        end = self.agenda.now + seconds
-        self._run_until(lambda: self.agenda.now > end)
+            self.turns.run_until(lambda: False)
 
     async def _wake(self, gateway: GatewayProcess, orders: list[Order]) -> None:
         commands = [*([ResumeMemory()] if self.saves_memory else []), ContinueGeneration()]
@@ -418,31 +383,6 @@ class Simulation:
             for text in [line(message) for message in messages] or [""]:
                 text = text.replace(self.run_dir, "")  # another one in each run
                 self._trace(f"{self.agenda.now:9.5f} {role:>11} {verb:6} {text}".rstrip())
-
-
-def keeps(sender: str, receiver: str, several: bool) -> bool:
-    """Whether frames are kept while nobody is there to receive them, so that the sender does not wait."""
-    return sender == GATEWAY or (several and sender == TOKENIZER and receiver.startswith(SCHEDULER))
-
-
-def encoder(random: Random) -> Encoder:
-    """Slow ones encode a text in a step, or all but the shortest beside it."""
-    pace = Pace(step_chars=random.choice([1, 8, 1 << 16]), long_chars=random.choice([4, 12, 1 << 16]))
-    return Encoder(tokenizer(), pace=pace, executor=AtOnce(), clock=lambda: 0.0)
-
-
-def planner_config(random: Random) -> PlannerConfig:
-    return PlannerConfig(
-        page_size=random.choice([1, 1, 2, 4]),
-        total_pages=random.choice([64, 100, 400]),
-        max_running=random.choice([1, 2, 4, 8]),
-        context_length=500,
-        vocab_size=VOCAB_SIZE,
-        chunked_prefill_size=random.choice([-1, 8]),
-        max_queued=random.choice([None, None, 2, 6]),
-        policy=random.choice(["fcfs", "priority", "lpm"]),
-        drafts=random.choice([None, None, DraftOptions(max_tokens=4, min_match=1, max_match=3)]),
-    )
 
 
 def run(seed: int, trace: Callable[[str], None] | None = None) -> str | None:

@@ -12,7 +12,7 @@ import pytest
 from quartet.runtime.errors import Kind, RequestError, StartupError
 from quartet.runtime.messages import Request, Tokenized, pack_ids
 from quartet.runtime.sampling import SamplingParams
-from quartet.scheduler_service.control.adapter_queue import GRACE_S, AdapterQueue
+from quartet.scheduler_service.control.adapter_queue import AdapterQueue
 from quartet.scheduler_service.core.deadlines import WAITED, Deadlines
 from quartet.scheduler_service.host.background import run_in_background, yield_point
 
@@ -23,6 +23,7 @@ PATIENCE_S = 120.0
 class Known:
     name: str
     pinned: bool = False
+    version: str = "1"
 
 
 @dataclass
@@ -41,6 +42,9 @@ class Store:
 
     def is_served(self, name: str) -> bool:
         return name in self.known and name not in self.ending | self.leaving
+
+    def state(self) -> list[str]:
+        return [name for name in self.known if self.is_served(name)]
 
     def use(self, name: str) -> bool:
         return name in self.loaded
@@ -85,7 +89,6 @@ class Case:
         self.store = Store(most, {name: Known(name) for name in "abcd"}, list(loaded), set(ending))
         self.store.gate.set()
         self.live: dict[str, Any] = {}
-        self.now_s = 0.0
         self.deadlines = Deadlines(waiting_s=5.0, running_s=None)
         planner: Any = SimpleNamespace(live=self.live, prefills_next=False, deadlines=self.deadlines)
         store: Any = self.store
@@ -112,12 +115,11 @@ class Case:
             time.sleep(0.001)
         return found
 
-    def grace(self) -> list[tuple[str, Any]]:
-        """Turns before and behind the time that requests may take to come again."""
-        found = self.turns()
-        self.now_s += GRACE_S
-        self.deadlines.advance(self.now_s, paused=False)
-        return found + self.turns()
+    def let_go(self, *names: str, version: str = "1") -> list[tuple[str, Any]]:
+        """The gateway has no request that names these; some turns."""
+        for name in names:
+            self.queue.let_go(name, version)
+        return self.turns(2)
 
     def until(self, count: int) -> list[tuple[str, Any]]:
         """Turns until so many were taken."""
@@ -245,41 +247,51 @@ def test_a_request_that_waits_for_too_long_ends_behind_one_that_may_wait():
     assert len(case.queue) == 1
 
 
-def test_an_adapter_that_ends_is_forgotten_a_while_after_its_last_request() -> None:
+def test_an_adapter_that_ends_is_forgotten_when_the_gateway_has_no_request_that_names_it() -> None:
     case = Case("a", "b", most=2)
     case.runs("old", "a")
     case.store.ending |= {"a", "b"}
-    assert case.grace() == [] and case.store.loaded == ["a"]
     del case.live["old"]
-    assert case.turns(2) == [] and case.store.loaded == ["a"]
-    assert not case.put("old", "a", attempt=1, again=True), "its end was lost with a process of the ring"
-    case.runs("old", "a")
-    assert case.grace() == [] and case.store.loaded == ["a"]
-    del case.live["old"]
-    assert case.grace() == [] and case.store.loaded == [] and [*case.store.known] == ["c", "d"]
-
-
-def test_of_many_adapters_that_end_those_that_were_used_last_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quartet.scheduler_service.control.adapter_queue.MOST_KEPT", 1)
-    case = Case("a", "b", most=2)
-    case.runs("old", "b")
-    case.store.ending |= {"a", "b"}
+    case.deadlines.advance(1e6, paused=False)
     assert case.turns(2) == [] and case.store.loaded == ["a", "b"]
-    case.deadlines.advance(1.0, paused=False)
+    assert not case.put("old", "a", attempt=1, again=True), "it was held back by the gateway for a long time"
+    case.runs("old", "a")
+    assert case.let_go("b") == [] and case.store.loaded == ["a"]
     del case.live["old"]
-    assert case.turns(2) == [] and case.store.loaded == ["b"]
+    assert case.let_go("a") == [] and case.store.loaded == [] and [*case.store.known] == ["c", "d"]
 
 
-def test_an_adapter_that_was_loaded_again_and_ends_again_stays_as_long_as_before() -> None:
+def test_an_adapter_is_forgotten_behind_requests_that_the_gateway_has_given_up() -> None:
     case = Case("a", ending="a")
-    assert case.turns() == []
+    case.runs("old", "a")
+    assert case.let_go("a") == [] and case.store.loaded == ["a"]
+    del case.live["old"]
+    assert case.turns() == [] and not case.store.loaded
+
+
+def test_an_adapter_that_was_loaded_again_is_not_forgotten_in_place_of_its_predecessor() -> None:
+    case = Case("a", ending="a")
+    case.runs("old", "a")
+    case.let_go("a")
     case.store.ending.clear()
-    case.now_s += GRACE_S
-    case.deadlines.advance(case.now_s, paused=False)
+    case.store.known["a"].version = "2"
     assert case.turns() == []
     case.store.ending.add("a")
-    assert case.turns() == [] and case.store.loaded == ["a"]
-    assert case.grace() == [] and case.store.loaded == []
+    del case.live["old"]
+    assert case.turns() == [] and case.let_go("a") == [] and case.store.loaded == ["a"]
+    assert case.let_go("a", version="2") == [] and case.store.loaded == []
+
+
+def test_an_adapter_that_is_served_is_not_forgotten() -> None:
+    case = Case("a")
+    assert case.let_go("a", "x") == [] and case.store.loaded == ["a"]
+
+
+def test_a_queue_tells_which_unloaded_adapters_it_keeps() -> None:
+    case = Case("a", "b", most=2, ending="b")
+    assert case.queue.state() == {"adapters": ["a", "c", "d"], "unloaded_adapters": {"b": "1"}}
+    case.let_go("b")
+    assert case.queue.state()["unloaded_adapters"] == {}
 
 
 def test_an_adapter_that_ends_stays_for_requests_that_wait_for_it() -> None:
@@ -296,40 +308,31 @@ def test_an_adapter_that_ends_stays_for_requests_whose_grammar_is_compiled() -> 
     case = Case("a")
     case.compiling.append(Request(rid="1", params=SamplingParams(), adapter="a"))
     case.store.ending.add("a")
-    assert case.grace() == [] and case.store.loaded == ["a"]
+    assert case.let_go("a") == [] and case.store.loaded == ["a"]
     case.compiling.clear()
-    assert case.grace() == [] and case.store.loaded == []
+    assert case.let_go("a") == [] and case.store.loaded == []
 
 
 def test_after_a_restart_an_adapter_that_ends_waits_for_the_requests_that_come_again() -> None:
     case = Case("a", ending="a")
     assert case.turns(2) == [] and case.store.loaded == ["a"]
-    with pytest.raises(RequestError, match="never been loaded: a"):
-        case.put("new", "a")
     assert not case.put("old", "a", attempt=1, again=True)
     case.runs("old", "a")
-    assert case.grace() == [] and case.store.loaded == ["a"]
+    assert case.let_go("a") == [] and case.store.loaded == ["a"]
     del case.live["old"]
-    assert case.grace() == [] and case.store.loaded == []
+    assert case.let_go("a") == [] and case.store.loaded == []
 
 
-def test_after_a_restart_an_adapter_that_ends_and_that_nobody_names_is_forgotten_in_time() -> None:
-    case = Case("a", ending="a")
-    case.deadlines.advance(1e6, paused=True)
-    assert case.turns(1) == [] and case.store.loaded == ["a"]
-    case.deadlines.advance(1e6 + GRACE_S / 2, paused=False)
-    assert case.turns(1) == [] and case.store.loaded == ["a"]
-    case.deadlines.advance(1e6 + GRACE_S, paused=False)
-    assert case.turns(1) == [] and case.store.loaded == []
-
-
-def test_a_request_that_comes_again_goes_on_with_an_adapter_that_leaves() -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_a_request_that_comes_again_or_late_is_computed_with_an_adapter_that_was_unloaded(again: bool) -> None:
     case = Case("a")
-    case.runs("1", "a")
     case.store.leaving.add("a")
+    assert not case.put("1", "a", again=again)
+    case.store.ending.add("a")
+    assert not case.put("2", "a", again=again)
+    case.let_go("a")
     with pytest.raises(RequestError, match="never been loaded: a"):
-        case.put("2", "a")
-    assert not case.put("1", "a", attempt=1, again=True)
+        case.put("3", "a", again=again)
 
 
 def test_a_request_that_was_let_in_goes_on_with_an_adapter_that_is_unloaded_meanwhile() -> None:
@@ -338,5 +341,3 @@ def test_a_request_that_was_let_in_goes_on_with_an_adapter_that_is_unloaded_mean
     case.queue.check(request)
     case.store.ending.add("a")
     assert not case.queue.takes(Tokenized(request=request, prompt_ids=pack_ids([1])), None)
-    with pytest.raises(RequestError, match="never been loaded: a"):
-        case.put("2", "a")
