@@ -4,14 +4,15 @@ A query's result depends on its own context alone, bit for bit.
 """
 
 from array import array
+from collections.abc import Iterator
 from itertools import accumulate
 
 import torch
 
 from quartet.kernels.cpu.attention import paged_attention
-from quartet.kernels.cpu.attention_schedule import Ragged
+from quartet.kernels.cpu.attention_schedule import SHARE_ROWS, SHARE_TOKENS, Ragged, shared_pages
 from quartet.kernels.cpu.native import library as native
-from quartet.kernels.cpu.native.library import PageTable
+from quartet.kernels.cpu.native.page_table import Groups, PageTable
 
 
 def can_attend(dtype: torch.dtype, dim: int) -> bool:
@@ -59,8 +60,47 @@ def page_table(ragged: Ragged) -> PageTable:
             page_starts=torch.frombuffer(page_starts, dtype=torch.int64),
             page_size=ragged.page_size,
             most_tokens=last * ragged.page_size,
+            groups=groups(ragged),
         )
     return ragged.table
+
+
+def groups(ragged: Ragged) -> Groups | None:
+    """The sequences of one query that begin with the same pages, where computing these together pays.
+
+    Of the keys in common the last ones of the shortest context stay out: every sequence has at least one of its own.
+    """
+    runs, contexts = ragged.runs, ragged.context_lengths
+    single = [i for i, queries in enumerate(ragged.query_lengths) if queries == 1 and contexts[i] > SHARE_TOKENS]
+    if len({runs[i][0][0] for i in single}) + SHARE_ROWS > len(single) + 1:
+        return None
+    found = [(members, keys) for members, keys in neighbours(ragged, sorted(single, key=runs.__getitem__)) if keys]
+    if not found:
+        return None
+    grouped = {member for members, _ in found for member in members}
+    others = [i for i in reversed(range(len(runs))) if i not in grouped]  # long ones, prompts, come last
+    members = [member for some, _ in found for member in some] + others
+    sharing = [(len(some), keys) for some, keys in found] + [(1, 0)] * len(others)
+    return Groups(torch.tensor(members), torch.tensor(sharing))
+
+
+def neighbours(ragged: Ragged, order: list[int]) -> Iterator[tuple[list[int], int]]:
+    """Sequences cut into groups of neighbours, and the keys that a group has in common, or 0 where they do not pay.
+
+    A sequence joins those before it unless they had to give up more than half of what they share.
+    """
+    size, members, common = ragged.page_size, order[:1], 0
+    for sequence in order[1:]:
+        shared = shared_pages(ragged.runs[members[-1]], ragged.runs[sequence]) * size
+        own = min(ragged.context_lengths[sequence], ragged.context_lengths[members[0]]) - 1
+        shared = min(shared, own, common or shared) // SHARE_TOKENS * SHARE_TOKENS
+        if shared and 2 * shared >= common:
+            members.append(sequence)
+            common = shared
+            continue
+        yield members, common if len(members) >= SHARE_ROWS else 0
+        members, common = [sequence], 0
+    yield members, common if len(members) >= SHARE_ROWS else 0
 
 
 def check(ragged: Ragged) -> None:

@@ -12,7 +12,7 @@ from math import inf
 
 import torch
 
-from quartet.kernels.cpu.native.library import PageTable
+from quartet.kernels.cpu.native.page_table import PageTable
 
 Run = tuple[int, int]  # (first page, number of consecutive pages)
 Segment = tuple[int, int]  # (first token slot, number of consecutive tokens)

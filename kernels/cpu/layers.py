@@ -17,7 +17,8 @@ from quartet.kernels.cpu.layer_parts import OwnInput, OwnStreams
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native import structures
-from quartet.kernels.cpu.native.library import ACTIVATIONS, Library, NormWeight, PageTable
+from quartet.kernels.cpu.native.library import ACTIVATIONS, Library, NormWeight
+from quartet.kernels.cpu.native.page_table import PageTable
 from quartet.kernels.cpu.native.structures import Attention, Rotation, Step
 
 Pools = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer, each (kv_heads, pool tokens, dim)
@@ -284,12 +285,7 @@ class Layers:
             pointers(*(cos.data_ptr() for cos, _ in rotations)),
             pointers(*(sin.data_ptr() for _, sin in rotations)),
             slots.data_ptr(),
-            table.page_size,
-            len(table.lengths),
-            table.starts.data_ptr(),
-            table.lengths.data_ptr(),
-            table.pages.data_ptr(),
-            table.page_starts.data_ptr(),
+            *table.arguments(),
             torch.get_num_threads(),
             native.pointer_to(self.layers[0].qkv.additions, rows),
         )

@@ -9,7 +9,7 @@ from quartet.kernels.cpu.attention import paged_attention
 from quartet.kernels.cpu.attention_by_token import paged_attention_by_token
 from quartet.kernels.cpu.attention_native import can_attend, page_table, paged_attention_native
 from quartet.kernels.cpu.attention_schedule import Ragged
-from quartet.kernels.cpu.native.library import PageTable
+from quartet.kernels.cpu.native.page_table import PageTable
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.execution.adapters import CpuAdapters
 from quartet.scheduler_service.execution.device_state import SlotTokens

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from quartet.kernels.cpu.native.library import PageTable
+from quartet.kernels.cpu.native.page_table import PageTable
 from quartet.scheduler_service.model.state_access import StateAccess, StateSpec
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights

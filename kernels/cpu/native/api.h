@@ -100,6 +100,9 @@ struct attention {
     const int64_t *lengths;     /* (sequences,): its context, which ends with the queries */
     const int32_t *pages;       /* of all sequences */
     const int64_t *page_starts; /* (sequences,): where a sequence's begin */
+    int64_t groups;             /* of sequences that begin with the same keys; 0: none do, and nothing is said of them */
+    const int64_t *members;     /* (sequences,): all sequences, group by group */
+    const int64_t *sharing;     /* (groups, 2): how many sequences, and how many keys; of one query each, if there are keys */
     float scale, softcap;       /* softcap 0: none */
     int64_t window;             /* a query at p sees keys in (p - window, p]; 0: all */
     int32_t causal, threads;
@@ -236,6 +239,8 @@ struct step {
     const int64_t *starts, *lengths;
     const int32_t *pages;
     const int64_t *page_starts;
+    int64_t groups;
+    const int64_t *members, *sharing;
     int32_t threads;
     const struct additions *additions; /* to the products; or null */
 };

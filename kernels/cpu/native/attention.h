@@ -1,389 +1,369 @@
 /* Attention over a paged pool of keys and values, bfloat16, with AMX.
  *
- * The rows of a sequence and a KV head are its queries times the query heads that share the head. 16 rows form a tile:
- * scores are computed as (keys, 16 rows), so that a vector holds one key's score for each row, and keys need no other
- * layout than the pool's. Weights are transposed once to be multiplied with the values, (16 rows, dim).
+ * The rows of a sequence and a KV head are its queries times the query heads that share the head. 16 rows form a tile;
+ * where they are few, as when one token is computed, rows of several KV heads share one. Each thread goes through its
+ * units, a tile and a block of keys each: the tiles score the next unit while vectors weigh the present one.
  *
  * Keys come in blocks that begin at multiples of BLOCK_KEYS, and a row's sums depend on its own keys alone: the same
  * bits whatever is computed beside it. (Flash attention: Dao et al., arXiv 2205.14135.)
  */
 #pragma once
 
-#include "linear.h"
+#include "attention_tiles.h"
 
-#define BLOCK_KEYS 128
-#define TILE_ROWS 16
-#define TASK_TILES 16 /* tiles that share the reading of keys and values */
-#define HIDDEN_SCORE (-1e30f)
+#define TASKS_OF_A_THREAD 4 /* with fewer, heads do not share tiles */
+#define SHARING_TASKS 2     /* of a thread, at least, if so many sequences share keys */
+#define FEWEST_MEMBERS 4    /* that divide the work on shared keys */
 
-/* What one thread needs; the sizes are those of the widest head. */
-struct workspace {
-    bf16 queries[TASK_TILES * TILE_ROWS * MOST_DIM]; /* by tile: (dim / 2, 16, 2) */
-    float sums[TASK_TILES * TILE_ROWS * MOST_DIM];   /* by tile: weighted values (16, dim), not divided yet */
-    float largest[TASK_TILES][TILE_ROWS], total[TASK_TILES][TILE_ROWS];
-    bf16 keys[BLOCK_KEYS * MOST_DIM], values[BLOCK_KEYS * MOST_DIM]; /* copies where they do not lie together */
-    bf16 paired[BLOCK_KEYS * MOST_DIM];                              /* values as (keys / 2, dim, 2) */
-    float scores[BLOCK_KEYS][TILE_ROWS];
-    bf16 weights[BLOCK_KEYS / TILE_DEPTH][TILE_ROWS][TILE_DEPTH];
-} __attribute__((aligned(CACHE_LINE)));
-
-/* Up to TASK_TILES tiles of one sequence and one KV head. */
-struct task {
-    const struct attention *a;
-    struct workspace *work;
-    const int32_t *pages; /* of the sequence */
-    int64_t length;       /* of its context */
-    int64_t first_token;  /* in q and out */
-    int64_t first_position;
-    int64_t head;         /* KV head */
-    int64_t first_row, rows;
-    const struct task *next; /* that probably follows on this thread, or null */
+/* What tasks are made of: rows of a sequence, or of several that have their first keys in common. */
+struct item {
+    int64_t sequence, head, heads, lanes, first_row, rows;
+    const int64_t *members; /* or null */
+    int64_t count, keys;    /* of members, and what they share */
 };
 
-INLINE int64_t position_of(const struct task *task, int64_t row) {
-    int64_t at = task->first_position + (task->first_row + row) / task->a->group;
-    return task->a->causal ? at : task->length - 1;
+struct attending {
+    const struct attention *a;
+    struct workspace *workspaces; /* by thread */
+    struct item *items;
+    int64_t count;
+    atomic_long next;
+};
+
+/* One thread's way through its tasks: the present one and the next, and the one it most likely takes then. */
+struct stream {
+    struct attending *attending;
+    struct workspace *work;
+    int64_t threads;
+    struct task tasks[2], later;
+};
+
+/* ---- items ---- */
+
+/* KV heads whose rows share a tile, if each has so many. */
+INLINE int64_t heads_together(const struct attention *a, int64_t rows) {
+    int64_t heads = 1;
+    while (2 * heads <= MOST_HEADS && rows * 2 * heads <= TILE_ROWS && 2 * heads * a->dim <= MOST_DIM &&
+           heads < a->kv_heads && a->sequences * a->kv_heads >= 2 * heads * TASKS_OF_A_THREAD * a->threads)
+        heads *= 2;
+    return heads;
 }
 
-INLINE int64_t offset_of(const struct task *task, int64_t row, int64_t stride) {
-    int64_t place = task->first_row + row, group = task->a->group;
-    return (task->first_token + place / group) * stride + (task->head * group + place % group) * task->a->dim;
+INLINE int64_t fewer(int64_t x, int64_t y) { return x < y ? x : y; }
+
+/* Lanes of a tile for rows of one head. */
+INLINE int64_t lanes_for(int64_t rows) { return rows <= TILE_ROWS / 2 ? TILE_ROWS / 2 : TILE_ROWS; }
+
+INLINE void add_item(struct attending *attending, struct item item) {
+    if (attending->items)
+        attending->items[attending->count] = item;
+    attending->count++;
 }
 
-/* A 16 x 16 matrix of words transposed. */
-INLINE void transpose_words(__m512i rows[16], bf16 *out) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xDD);
-        t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xDD);
-    }
-    for (int i = 0; i < 4; i++) {
-        _mm512_storeu_si512(out + (i + 0) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-        _mm512_storeu_si512(out + (i + 4) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-        _mm512_storeu_si512(out + (i + 8) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD));
-        _mm512_storeu_si512(out + (i + 12) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD));
-    }
-}
-
-INLINE void begin_task(const struct task *task) {
-    struct workspace *work = task->work;
-    int64_t dim = task->a->dim, tiles = (task->rows + TILE_ROWS - 1) / TILE_ROWS;
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        memset(work->sums + tile * TILE_ROWS * dim, 0, (size_t)(TILE_ROWS * dim) * 4);
-        vec_store(work->largest[tile], vec_set(HIDDEN_SCORE));
-        vec_store(work->total[tile], vec_set(0.0f));
-        for (int64_t d = 0; d < dim; d += TILE_DEPTH) {
-            __m512i rows[TILE_ROWS];
-            for (int64_t lane = 0; lane < TILE_ROWS; lane++) {
-                int64_t row = tile * TILE_ROWS + lane;
-                rows[lane] = _mm512_setzero_si512();
-                if (row < task->rows)
-                    rows[lane] = _mm512_loadu_si512(task->a->q + offset_of(task, row, task->a->q_stride) + d);
-            }
-            transpose_words(rows, work->queries + (tile * dim + d) * TILE_ROWS);
+/* The items of a sequence, those with the most keys first. */
+INLINE void list_sequence(struct attending *attending, int64_t sequence) {
+    const struct attention *a = attending->a;
+    int64_t rows = (a->starts[sequence + 1] - a->starts[sequence]) * a->group, most = TASK_TILES * TILE_ROWS;
+    int64_t together = heads_together(a, rows), first = rows > 0 ? (rows - 1) / most * most : -1;
+    for (; first >= 0; first -= most)
+        for (int64_t head = 0; head < a->kv_heads; head += together) {
+            struct item item = {.sequence = sequence, .head = head, .first_row = first};
+            item.heads = fewer(together, a->kv_heads - head);
+            item.rows = fewer(rows - first, most);
+            item.lanes = together > 1 ? TILE_ROWS / together : lanes_for(item.rows);
+            add_item(attending, item);
         }
+}
+
+/* Those of sequences of one query that begin with the same keys, in parts as even as they can be. */
+INLINE void list_members(struct attending *attending, const int64_t *members, int64_t count, int64_t keys) {
+    const struct attention *a = attending->a;
+    int64_t most = TASK_TILES * TILE_ROWS / a->group, parts = (count + most - 1) / most;
+    int64_t wanted = (SHARING_TASKS * a->threads + a->kv_heads - 1) / a->kv_heads;
+    wanted = fewer(wanted, count / FEWEST_MEMBERS);
+    parts = parts > wanted ? parts : wanted;
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t head = 0; head < a->kv_heads; head++) {
+            int64_t begin = count * part / parts, end = count * (part + 1) / parts;
+            struct item item = {.head = head, .heads = 1, .lanes = TILE_ROWS, .keys = keys};
+            item.members = members + begin;
+            item.count = end - begin;
+            item.rows = item.count * a->group;
+            add_item(attending, item);
+        }
+}
+
+static void list_items(struct attending *attending) {
+    const struct attention *a = attending->a;
+    const int64_t *members = a->members;
+    int can_share = a->window <= 0 && a->causal && a->group <= TILE_ROWS;
+    for (int64_t group = 0; group < a->groups; group++) {
+        int64_t count = a->sharing[2 * group], keys = a->sharing[2 * group + 1] / BLOCK_KEYS * BLOCK_KEYS;
+        if (can_share && keys)
+            list_members(attending, members, count, keys);
+        for (int64_t member = 0; (!can_share || !keys) && member < count; member++)
+            list_sequence(attending, members[member]);
+        members += count;
     }
+    for (int64_t sequence = a->sequences - 1; !a->groups && sequence >= 0; sequence--) /* long ones, prompts, come last */
+        list_sequence(attending, sequence);
 }
 
-INLINE const bf16 *keys_of(const struct task *task) { return task->a->keys + task->head * task->a->head_stride; }
+/* ---- tasks ---- */
 
-INLINE const bf16 *values_of(const struct task *task) { return task->a->values + task->head * task->a->head_stride; }
-
-/* Where the keys begin that the task's rows see, at the beginning of a block. */
-INLINE int64_t begin_of(const struct task *task) {
-    int64_t window = task->a->window, first = position_of(task, 0);
-    return window > 0 && first >= window ? (first - window + 1) / BLOCK_KEYS * BLOCK_KEYS : 0;
+/* Rows of a sequence. */
+static struct task own_task(const struct attending *attending, const struct item *item, int64_t sequence) {
+    const struct attention *a = attending->a;
+    int64_t queries = a->starts[sequence + 1] - a->starts[sequence];
+    struct task task = {
+        .a = a,
+        .item = item,
+        .kept = -1,
+        .pages = a->pages + a->page_starts[sequence],
+        .length = a->lengths[sequence],
+        .first_token = a->starts[sequence],
+        .first_position = a->lengths[sequence] - queries,
+        .head = item->head,
+        .heads = item->heads,
+        .lanes = item->lanes,
+        .first_row = item->first_row,
+        .rows = item->rows,
+    };
+    int64_t first = position_of(&task, 0);
+    task.begin = a->window > 0 && first >= a->window ? (first - a->window + 1) / BLOCK_KEYS * BLOCK_KEYS : 0;
+    task.end = position_of(&task, task.rows - 1) + 1;
+    return task;
 }
 
-INLINE int64_t end_of(const struct task *task) { return position_of(task, task->rows - 1) + 1; }
+/* What all members of an item see. */
+static struct task shared_task(const struct attending *attending, const struct item *item) {
+    struct task task = own_task(attending, item, item->members[0]);
+    task.members = item->members;
+    task.length = task.end = item->keys;
+    return task;
+}
 
-/* Ask for keys or values that are needed soon, TILE_DEPTH of them from a multiple of TILE_DEPTH on. */
-INLINE void ask_for(const struct task *task, const bf16 *pool, int64_t from) {
+/* The rest of what member number `member` of an item sees. */
+static struct task rest_task(const struct attending *attending, const struct item *item, int64_t member) {
+    struct task task = own_task(attending, item, item->members[member]);
+    task.rows = attending->a->group;
+    task.lanes = lanes_for(task.rows);
+    task.end = task.length;
+    task.begin = item->keys;
+    task.place = TASK_TILES;
+    task.kept = member * task.rows;
+    return task;
+}
+
+/* The first task of item number `number`; its `a` is null behind the last one. */
+static struct task first_task(const struct attending *attending, int64_t number) {
+    if (number >= attending->count)
+        return (struct task){0};
+    const struct item *item = &attending->items[number];
+    struct task task = item->members ? shared_task(attending, item) : own_task(attending, item, item->sequence);
+    task.number = number;
+    return task;
+}
+
+/* The task that follows one of the same item; its `a` is null behind the last one. */
+static struct task following_task(const struct attending *attending, const struct task *task) {
+    int64_t member = task->kept < 0 ? 0 : task->kept / task->a->group + 1;
+    if (!task->item->members || member >= task->item->count)
+        return (struct task){0};
+    struct task following = rest_task(attending, task->item, member);
+    following.number = task->number;
+    return following;
+}
+
+/* Have the thread go on to the task behind `task`, or to its first one; null: there is none. */
+static const struct task *take_task(struct stream *stream, const struct task *task) {
+    const struct attending *attending = stream->attending;
+    int side = task ? !task->side : 0;
+    struct task *taken = &stream->tasks[side];
+    *taken = task ? following_task(attending, task) : (struct task){0};
+    if (!taken->a)
+        *taken = first_task(attending, quartet_next(&stream->attending->next));
+    if (!taken->a)
+        return 0;
+    taken->side = side;
+    taken->work = stream->work;
+    load_queries(taken);
+    stream->later = following_task(attending, taken);
+    if (!stream->later.a)
+        stream->later = first_task(attending, taken->number + stream->threads);
+    return taken;
+}
+
+/* ---- units, in the order in which they are computed ---- */
+
+INLINE int64_t tiles_of(const struct task *task) { return (task->rows + TILE_ROWS - 1) / TILE_ROWS; }
+
+/* The first unit of a block, or of its tiles from `tile` on, whose rows see some of it; false: there is none. */
+INLINE int find_unit(struct unit *unit, const struct task *task, int64_t from, int64_t tile) {
+    int first = !tile;
+    for (; tile < tiles_of(task); tile++) {
+        int64_t end = (tile + 1) * TILE_ROWS, last = (end < task->rows ? end : task->rows) - 1;
+        int64_t count = position_of(task, last) + 1 - from;
+        if (count <= 0)
+            continue;
+        count = count < BLOCK_KEYS ? round_up(count, TILE_DEPTH) : BLOCK_KEYS;
+        *unit = (struct unit){task, tile, from, count, first, !unit->side};
+        return 1;
+    }
+    return 0;
+}
+
+/* The unit that follows, its queries and the places of its keys at hand; false: there is none. */
+INLINE int next_unit(struct stream *stream, const struct unit *unit, struct unit *next) {
+    const struct task *task = unit->task;
+    next->side = unit->side;
+    if (task && find_unit(next, task, unit->from, unit->tile + 1))
+        return 1;
+    if (task && unit->from + BLOCK_KEYS < task->end) {
+        find_unit(next, task, unit->from + BLOCK_KEYS, 0);
+    } else {
+        const struct task *taken = take_task(stream, task);
+        if (!taken)
+            return 0;
+        find_unit(next, taken, taken->begin, 0);
+    }
+    find_keys(next->task, next->from);
+    return 1;
+}
+
+/* Ask for TILE_DEPTH keys and values from a position on that are needed soon. */
+INLINE void ask_for(const struct task *task, int64_t from) {
     const struct attention *a = task->a;
-    int64_t end = from + TILE_DEPTH < task->length ? from + TILE_DEPTH : task->length;
+    int64_t end = from + TILE_DEPTH < task->end ? from + TILE_DEPTH : task->end;
     while (from < end) {
         int64_t place = from % a->page_size, some = a->page_size - place;
-        if (some > end - from)
-            some = end - from;
-        const char *first = (const char *)(pool + (task->pages[from / a->page_size] * a->page_size + place) * a->dim);
-        for (int64_t byte = 0; byte < some * a->dim * 2; byte += CACHE_LINE)
-            _mm_prefetch(first + byte, _MM_HINT_T0);
+        some = some < end - from ? some : end - from;
+        int64_t first = (task->pages[from / a->page_size] * a->page_size + place) * a->dim;
+        for (int64_t head = 0; head < task->heads; head++) {
+            const char *keys = (const char *)(keys_of(task, head) + first);
+            const char *values = (const char *)(values_of(task, head) + first);
+            for (int64_t byte = 0; byte < some * a->dim * 2; byte += CACHE_LINE) {
+                _mm_prefetch(keys + byte, _MM_HINT_T1);
+                _mm_prefetch(values + byte, _MM_HINT_T1);
+            }
+        }
         from += some;
     }
 }
 
-/* Rows of a pool at some positions: in the pool if they are neighbours, else a copy, with zeros behind the end. */
-INLINE const bf16 *rows_of(const struct task *task, const bf16 *pool, int64_t from, int64_t count, bf16 *copy) {
-    const struct attention *a = task->a;
-    int64_t size = a->page_size, dim = a->dim, first = task->pages[from / size] * size + from % size;
-    int together = count % TILE_DEPTH == 0;
-    for (int64_t page = from / size; together && page <= (from + count - 1) / size; page++)
-        together = task->pages[page] == task->pages[from / size] + page - from / size;
-    if (together)
-        return pool + first * dim;
-    for (int64_t at = 0; at < count;) {
-        int64_t position = from + at, some = size - position % size;
-        if (some > count - at)
-            some = count - at;
-        memcpy(copy + at * dim, pool + (task->pages[position / size] * size + position % size) * dim,
-               (size_t)(some * dim) * 2);
-        at += some;
-    }
-    int64_t end = round_up(count, TILE_DEPTH);
-    memset(copy + count * dim, 0, (size_t)((end - count) * dim) * 2);
-    return copy;
+/* Ask for a part of the block behind the one of `next`. */
+INLINE void ask_behind(const struct stream *stream, const struct unit *next, int64_t part) {
+    if (next->from + BLOCK_KEYS < next->task->end)
+        ask_for(next->task, next->from + BLOCK_KEYS + part);
+    else if (stream->later.a)
+        ask_for(&stream->later, stream->later.begin + part);
 }
 
-/* values (keys, dim) → (keys / 2, dim, 2), as the second factor of a product of tiles is read; of 32 columns first 0 to 3,
- * 8 to 11 and so on, then the others, as unpacking gives them (`end_task` puts them in order). */
-INLINE void pair_values(const bf16 *values, int64_t count, int64_t dim, bf16 *out) {
-    for (int64_t key = 0; key < count; key += 2)
-        for (int64_t d = 0; d < dim; d += TILE_DEPTH) {
-            __m512i even = _mm512_loadu_si512(values + key * dim + d);
-            __m512i odd = _mm512_loadu_si512(values + (key + 1) * dim + d);
-            _mm512_storeu_si512(out + key * dim + 2 * d, _mm512_unpacklo_epi16(even, odd));
-            _mm512_storeu_si512(out + key * dim + 2 * d + 2 * LANES, _mm512_unpackhi_epi16(even, odd));
+/* Weights of a unit, and what was summed so far scaled to the new largest score. On the way `next`, if there is one, is
+ * scored. */
+INLINE void weigh(const struct stream *stream, const struct unit *unit, const struct unit *next, int hides, vec scale) {
+    struct workspace *work = stream->work;
+    int64_t place = unit->task->place + unit->tile, scored = 0;
+    vec before = vec_load(work->largest[place]);
+    vec largest = vec_max(largest_score(unit, hides, scale), before);
+    vec shrink = power_of_two(vec_sub(before, largest));
+    vec total = vec_mul(vec_load(work->total[place]), shrink);
+    for (int64_t part = 0; part < unit->count; part += TILE_DEPTH) {
+        if (next && scored < next->count) {
+            score(next, scored);
+            scored += TILE_DEPTH;
         }
+        if (next && unit->first)
+            ask_behind(stream, next, part);
+        total = vec_add(total, weigh_keys(unit, part, hides, scale, largest));
+    }
+    for (; next && scored < next->count; scored += TILE_DEPTH)
+        score(next, scored);
+    for (int64_t part = unit->count; next && unit->first && part < BLOCK_KEYS; part += TILE_DEPTH)
+        ask_behind(stream, next, part);
+    vec_store(work->largest[place], largest);
+    vec_store(work->total[place], total);
+    shrink_sums(work, place, unit->task->a->dim, shrink);
 }
 
-/* scores (count, 16) = keys @ queries; the first tile asks for the values that follow. */
-INLINE void score(const struct task *task, int64_t tile, const bf16 *keys, int64_t from, int64_t count) {
+/* A task's sums: nothing yet, or what they were where the keys end that several sequences share. */
+static void begin_sums(const struct task *task) {
     struct workspace *work = task->work;
-    int64_t dim = task->a->dim;
-    for (int64_t key = 0; key < count; key += 2 * TILE_ROWS) {
-        if (!tile)
-            ask_for(task, values_of(task), from + key);
-        _tile_zero(0);
-        _tile_zero(1);
-        for (int64_t d = 0; d < dim; d += TILE_DEPTH) {
-            _tile_loadd(4, keys + key * dim + d, dim * 2);
-            _tile_loadd(5, keys + (key + TILE_ROWS) * dim + d, dim * 2);
-            _tile_loadd(6, work->queries + (tile * dim + d) * TILE_ROWS, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 5, 6);
-        }
-        _tile_stored(0, work->scores[key], 64);
-        _tile_stored(1, work->scores[key + TILE_ROWS], 64);
+    int64_t tiles = tiles_of(task), dim = task->a->dim, row = task->kept;
+    float *sums = work->sums + task->place * TILE_ROWS * dim;
+    memset(sums, 0, (size_t)(tiles * TILE_ROWS * dim) * 4);
+    for (int64_t place = task->place; place < task->place + tiles; place++) {
+        vec_store(work->largest[place], vec_set(HIDDEN_SCORE));
+        vec_store(work->total[place], vec_set(0.0f));
     }
-}
-
-/* Scale, cap and hide scores in place; returns each row's largest. */
-INLINE vec adjust_scores(const struct task *task, int64_t tile, int64_t from, int64_t count, __mmask16 *seen) {
-    const struct attention *a = task->a;
-    struct workspace *work = task->work;
-    int32_t positions[LANES];
-    int hides = a->window > 0;
-    for (int lane = 0; lane < LANES; lane++) {
-        int64_t row = tile * TILE_ROWS + lane;
-        positions[lane] = (int32_t)position_of(task, row < task->rows ? row : task->rows - 1);
-        hides |= positions[lane] < from + count - 1;
-    }
-    __m512i last = _mm512_loadu_si512(positions);
-    __m512i first = _mm512_sub_epi32(last, _mm512_set1_epi32(a->window > 0 ? (int32_t)a->window - 1 : INT32_MAX));
-    vec scale = vec_set(a->scale), largest = vec_set(HIDDEN_SCORE);
-    for (int64_t key = 0; key < count; key++) {
-        vec s = vec_mul(vec_load(work->scores[key]), scale);
-        if (a->softcap > 0.0f) {
-            vec half = vec_sigmoid(vec_mul(s, vec_set(2.0f / a->softcap))); /* tanh x = 2 sigmoid(2 x) - 1 */
-            s = vec_mul(vec_set(a->softcap), vec_fma(half, vec_set(2.0f), vec_set(-1.0f)));
-        }
-        seen[key] = 0xFFFF;
-        if (hides) {
-            __m512i at = _mm512_set1_epi32((int32_t)(from + key));
-            seen[key] = _mm512_cmple_epi32_mask(at, last) & _mm512_cmpge_epi32_mask(at, first);
-            s = _mm512_mask_mov_ps(vec_set(HIDDEN_SCORE), seen[key], s);
-        }
-        vec_store(work->scores[key], s);
-        largest = vec_max(s, largest);
-    }
-    return largest;
-}
-
-/* Ask for keys of the block behind `from`, or of the next task. */
-INLINE void ask_for_next(const struct task *task, int64_t from, int64_t part) {
-    if (from + BLOCK_KEYS < end_of(task))
-        ask_for(task, keys_of(task), from + BLOCK_KEYS + part);
-    else if (task->next)
-        ask_for(task->next, keys_of(task->next), begin_of(task->next) + part);
-}
-
-/* Weights e^(score - largest) as (16 rows, keys), what was summed so far scaled to the new largest. The first tile asks
- * for the keys that follow. */
-INLINE void weigh(const struct task *task, int64_t tile, int64_t from, int64_t count) {
-    struct workspace *work = task->work;
-    int64_t dim = task->a->dim;
-    __mmask16 seen[BLOCK_KEYS];
-    vec before = vec_load(work->largest[tile]);
-    vec largest = vec_max(adjust_scores(task, tile, from, count, seen), before);
-    vec shrink = vec_exp(vec_sub(before, largest));
-    vec total = vec_mul(vec_load(work->total[tile]), shrink);
-    for (int64_t part = 0; part < count; part += TILE_DEPTH) {
-        __m512i rows[16];
-        if (!tile)
-            ask_for_next(task, from, part);
-        for (int pair = 0; pair < 16; pair++) {
-            vec weight[2];
-            for (int one = 0; one < 2; one++) {
-                int64_t key = part + 2 * pair + one;
-                weight[one] = vec_exp(vec_sub(vec_load(work->scores[key]), largest));
-                weight[one] = _mm512_maskz_mov_ps(seen[key], weight[one]);
-                total = vec_add(total, weight[one]);
-            }
-            __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(weight[0]));
-            __m512i odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(weight[1]));
-            rows[pair] = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
-        }
-        transpose_words(rows, (bf16 *)work->weights[part / TILE_DEPTH]);
-    }
-    vec_store(work->largest[tile], largest);
-    vec_store(work->total[tile], total);
-    if (_mm512_cmp_ps_mask(shrink, vec_set(1.0f), _CMP_NEQ_UQ) == 0)
+    if (row < 0)
         return;
-    float by[LANES], *sums = work->sums + tile * TILE_ROWS * dim;
-    vec_store(by, shrink);
-    for (int row = 0; row < TILE_ROWS; row++)
-        for (int64_t d = row * dim; d < (row + 1) * dim; d += LANES)
-            vec_store(sums + d, vec_mul(vec_load(sums + d), vec_set(by[row])));
+    memcpy(sums, work->sums + row * dim, (size_t)(task->rows * dim) * 4);
+    memcpy(work->largest[task->place], work->largest[0] + row, (size_t)task->rows * 4);
+    memcpy(work->total[task->place], work->total[0] + row, (size_t)task->rows * 4);
 }
 
-/* sums (16, dim) += weights (16, keys) @ values (keys, dim). */
-INLINE void add_values(struct workspace *work, int64_t tile, int64_t count, int64_t dim) {
-    const bf16 *values = work->paired;
-    for (int64_t d = 0; d < dim; d += 2 * LANES) {
-        float *sums = work->sums + tile * TILE_ROWS * dim + d;
-        _tile_loadd(0, sums, dim * 4);
-        _tile_loadd(1, sums + LANES, dim * 4);
-        for (int64_t key = 0; key < count; key += TILE_DEPTH) {
-            _tile_loadd(4, work->weights[key / TILE_DEPTH], 64);
-            _tile_loadd(6, values + key * dim + 2 * d, dim * 4);
-            _tile_loadd(7, values + key * dim + 2 * (d + LANES), dim * 4);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        _tile_stored(0, sums, dim * 4);
-        _tile_stored(1, sums + LANES, dim * 4);
-    }
-}
-
-INLINE void end_task(const struct task *task) {
+static void write_rows(const struct task *task) {
     struct workspace *work = task->work;
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-    for (int64_t row = 0; row < task->rows; row++) {
-        int64_t tile = row / TILE_ROWS, lane = row % TILE_ROWS;
-        vec share = vec_set(1.0f / work->total[tile][lane]);
-        bf16 *out = task->a->out + offset_of(task, row, task->a->out_stride);
-        for (int64_t d = 0; d < task->a->dim; d += TILE_DEPTH) {
-            const float *sums = work->sums + row * task->a->dim + d; /* in the order of `pair_values` */
-            vec low = vec_mul(vec_load(sums), share), high = vec_mul(vec_load(sums + LANES), share);
-            vec_store_bf16(out + d, _mm512_permutex2var_ps(low, first, high));
-            vec_store_bf16(out + d + LANES, _mm512_permutex2var_ps(low, second, high));
-        }
-    }
-}
-
-static void run_task(const struct task *task) {
-    const struct attention *a = task->a;
-    struct workspace *work = task->work;
-    int64_t end = end_of(task);
-    begin_task(task);
-    for (int64_t from = begin_of(task); from < end; from += BLOCK_KEYS) {
-        int64_t there = end - from < BLOCK_KEYS ? end - from : BLOCK_KEYS;
-        const bf16 *keys = rows_of(task, keys_of(task), from, there, work->keys), *values = 0;
-        for (int64_t tile = 0; tile * TILE_ROWS < task->rows; tile++) {
-            int64_t last = (tile + 1) * TILE_ROWS < task->rows ? (tile + 1) * TILE_ROWS : task->rows;
-            int64_t count = position_of(task, last - 1) + 1 - from;
-            if (count <= 0)
+    int64_t dim = task->a->dim;
+    for (int64_t tile = 0; tile < tiles_of(task); tile++)
+        for (int64_t lane = 0; lane < TILE_ROWS; lane++) {
+            int64_t row = row_of(task, tile, lane), place = task->place + tile;
+            if (row >= task->rows)
                 continue;
-            count = round_up(count < there ? count : there, TILE_DEPTH);
-            score(task, tile, keys, from, count);
-            if (!values) { /* here, since tiles are slow to read what was just written */
-                values = rows_of(task, values_of(task), from, there, work->values);
-                pair_values(values, round_up(there, TILE_DEPTH), a->dim, work->paired);
-            }
-            weigh(task, tile, from, count);
-            add_values(work, tile, count, a->dim);
+            bf16 *out = task->a->out + offset_of(task, row, lane, task->a->out_stride);
+            write_row(work->sums + (place * TILE_ROWS + lane) * dim, work->total[place][lane], dim, out);
         }
-    }
-    end_task(task);
 }
 
-struct attending {
-    const struct attention *a;
-    struct workspace *workspaces;     /* by thread */
-    const int64_t *tasks;   /* (sequences + 1,): tasks of one KV head before each sequence */
-    atomic_long next;
-};
-
-/* Task number `number`; its `a` is null behind the last one. */
-static struct task task_of(const struct attending *attending, int64_t number, int thread) {
-    const struct attention *a = attending->a;
-    const int64_t *tasks = attending->tasks, per_task = TASK_TILES * TILE_ROWS;
-    if (number >= tasks[a->sequences] * a->kv_heads)
-        return (struct task){0};
-    int64_t place = tasks[a->sequences] - 1 - number / a->kv_heads; /* last rows see the most keys: first */
-    int64_t low = 0, high = a->sequences - 1;
-    while (low < high) { /* the last sequence that begins at `place` or before */
-        int64_t middle = (low + high + 1) / 2;
-        if (tasks[middle] <= place)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    int64_t queries = a->starts[low + 1] - a->starts[low], first = (place - tasks[low]) * per_task;
-    int64_t rows = queries * a->group - first;
-    return (struct task){
-        .a = a,
-        .work = attending->workspaces + thread,
-        .pages = a->pages + a->page_starts[low],
-        .length = a->lengths[low],
-        .first_token = a->starts[low],
-        .first_position = a->lengths[low] - queries,
-        .head = number % a->kv_heads,
-        .first_row = first,
-        .rows = rows < per_task ? rows : per_task,
-    };
+/* What is left of a unit that is scored; `next`, or null, is scored on the way. */
+static void finish(const struct stream *stream, const struct unit *unit, const struct unit *next) {
+    const struct task *task = unit->task;
+    const struct attention *a = task->a;
+    vec scale = vec_set(a->softcap > 0.0f ? LOG2_E : a->scale * LOG2_E);
+    if (unit->first && unit->from == task->begin)
+        begin_sums(task);
+    if (unit->first) /* before anything is weighed, since tiles are slow to read what was just written */
+        pair_values(task, unit->from);
+    if (a->softcap > 0.0f)
+        cap_scores(unit);
+    if (a->window > 0 || position_of(task, unit->tile * TILE_ROWS) < unit->from + unit->count - 1)
+        weigh(stream, unit, next, 1, scale);
+    else
+        weigh(stream, unit, next, 0, scale);
+    add_values(unit);
+    if ((!next || next->task != task) && !task->members)
+        write_rows(task);
 }
 
 static void attend(void *argument, int thread, int threads) {
     struct attending *attending = argument;
-    int64_t number;
-    tiles_begin(TILE_ROWS);
-    for (;;) {
-        number = quartet_next(&attending->next);
-        struct task task = task_of(attending, number, thread), next = task_of(attending, number + threads, thread);
-        if (!task.a)
-            break;
-        task.next = next.a ? &next : 0;
-        run_task(&task);
+    struct stream stream = {.attending = attending, .work = attending->workspaces + thread, .threads = threads};
+    struct unit unit = {0}, next;
+    stream.work->lanes = 0;
+    if (!next_unit(&stream, &unit, &unit))
+        return;
+    configure_tiles(stream.work, (int)unit.task->lanes);
+    for (int64_t part = 0; part < unit.count; part += TILE_DEPTH)
+        score(&unit, part);
+    while (next_unit(&stream, &unit, &next)) {
+        finish(&stream, &unit, &next);
+        unit = next;
     }
+    finish(&stream, &unit, 0);
     tiles_end();
 }
 
 static int attention(const struct attention *a) {
     int threads = a->threads < MOST_THREADS ? a->threads : MOST_THREADS;
-    int64_t *tasks = quartet_scratch(2, (a->sequences + 1) * (int64_t)sizeof(int64_t));
-    struct workspace *workspaces = quartet_scratch(3, threads * (int64_t)sizeof(struct workspace));
-    if (!tasks || !workspaces)
+    struct attending attending = {.a = a};
+    list_items(&attending); /* counts them */
+    attending.items = quartet_scratch(2, (attending.count + 1) * (int64_t)sizeof(struct item));
+    attending.workspaces = quartet_scratch(3, threads * (int64_t)sizeof(struct workspace));
+    if (!attending.items || !attending.workspaces)
         return -1;
-    tasks[0] = 0;
-    for (int64_t i = 0; i < a->sequences; i++) {
-        int64_t rows = (a->starts[i + 1] - a->starts[i]) * a->group;
-        tasks[i + 1] = tasks[i] + (rows + TASK_TILES * TILE_ROWS - 1) / (TASK_TILES * TILE_ROWS);
-    }
-    struct attending attending = {.a = a, .workspaces = workspaces, .tasks = tasks};
+    attending.count = 0;
+    list_items(&attending);
     quartet_run(attend, &attending, threads);
     return 0;
 }

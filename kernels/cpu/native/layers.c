@@ -48,6 +48,9 @@ static int run_attention(const struct kernels *kernels, const struct step *step,
     attention.lengths = step->lengths;
     attention.pages = step->pages;
     attention.page_starts = step->page_starts;
+    attention.groups = step->groups;
+    attention.members = step->members;
+    attention.sharing = step->sharing;
     attention.threads = step->threads;
     return kernels->attention(&attention);
 }

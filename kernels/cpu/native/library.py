@@ -13,12 +13,12 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from quartet.kernels.cpu.native import build
+from quartet.kernels.cpu.native.page_table import PageTable
 from quartet.kernels.cpu.native.structures import Additions, Attention, Norm, Product, Quantized, Rotation, Rows
 
 log = logging.getLogger(__name__)
@@ -42,18 +42,6 @@ PACKED_AT_ONCE = 4 << 20  # bytes
 NOT_QUANTIZED = Quantized()  # no numbers: the weight is packed bfloat16
 OUTPUTS = {"bf16": 0, "float": 1, "add": 2, "gated": 3}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
-
-
-@dataclass(frozen=True, slots=True)
-class PageTable:
-    """The sequences of a step as the attention kernel reads them."""
-
-    starts: torch.Tensor  # (sequences + 1,) int64: where a sequence's queries begin among the tokens
-    lengths: torch.Tensor  # (sequences,) int64: its context, which ends with the queries
-    pages: torch.Tensor  # int32, of all sequences
-    page_starts: torch.Tensor  # (sequences,) int64: where a sequence's begin
-    page_size: int
-    most_tokens: int  # of the pool: one more than the last token that the pages have
 
 
 NormWeight = tuple[torch.Tensor, float, float]  # weight (k,), epsilon, what is added to the weight
@@ -268,12 +256,7 @@ class Library:
             kv_heads,
             heads // kv_heads,
             dim,
-            table.page_size,
-            len(table.lengths),
-            table.starts.data_ptr(),
-            table.lengths.data_ptr(),
-            table.pages.data_ptr(),
-            table.page_starts.data_ptr(),
+            *table.arguments(),
             scale,
             softcap or 0.0,
             window or 0,

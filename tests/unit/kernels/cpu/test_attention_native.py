@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from quartet.kernels.cpu.attention import paged_attention_reference
-from quartet.kernels.cpu.attention_native import can_attend, paged_attention_native
+from quartet.kernels.cpu.attention_native import can_attend, groups, page_table, paged_attention_native
 from quartet.kernels.cpu.attention_schedule import Ragged, Run, page_list
 
 pytestmark = pytest.mark.skipif(not can_attend(torch.bfloat16, 64), reason="no attention kernel on this machine")
 
 PAGES = 300
+BRANCHING_TOKENS = 4800  # of the pool that `branching` is about
 TOLERANCE = 2e-2  # of results around 1: weights are rounded to bfloat16 before they meet the values
 
 
@@ -31,8 +32,8 @@ def mixed(placement, page_size: int) -> Ragged:
     return Ragged(queries, contexts, [placement(rng, -(-length // page_size)) for length in contexts], page_size)
 
 
-def pools(kv_heads: int, dim: int, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    k, v = (torch.randn(kv_heads, PAGES * page_size, dim).bfloat16() for _ in range(2))
+def pools(kv_heads: int, dim: int, page_size: int, pages: int = PAGES) -> tuple[torch.Tensor, torch.Tensor]:
+    k, v = (torch.randn(kv_heads, pages * page_size, dim).bfloat16() for _ in range(2))
     return k, v
 
 
@@ -116,3 +117,100 @@ def test_pages_that_do_not_reach_are_refused():
     for lengths, pages in (([1], [(1, 0)]), ([17], [(1, 1)]), ([16], [(PAGES, 1)])):
         with pytest.raises(AssertionError):
             paged_attention_native(Ragged([1], lengths, [pages], 16), q, k, v, scale=1.0)
+
+
+def branching(rng: random.Random, page_size: int) -> Ragged:
+    """Decode rows: five that begin with the same 272 tokens, of which four share more; four with other 128; others; a
+    chunk of a prompt that begins like the first."""
+    pages_of_pool = BRANCHING_TOKENS // page_size
+    free = iter(rng.sample(range(1, pages_of_pool), pages_of_pool - 1))
+
+    def pages(tokens: int) -> list[Run]:
+        return [(next(free), 1) for _ in range(tokens // page_size)]
+
+    first, more, second = pages(272), pages(48), pages(128)
+    heads = [first, *[first + more] * 2, second, *[first + more] * 2, second, second, second, [], [], first]
+    lengths = [273, 330, 390, 144, 325, 400, 290, 129, 160, 5, 333, 400]
+    runs = [
+        head + pages(-(-length // page_size) * page_size - page_size * len(head))
+        for head, length in zip(heads, lengths, strict=True)
+    ]
+    return Ragged([1] * 11 + [40], lengths, runs, page_size)
+
+
+def test_sequences_of_one_query_that_begin_alike_are_grouped():
+    found = groups(branching(random.Random(0), 16))
+    assert found is not None
+    members, sharing = found.members.tolist(), [tuple(row) for row in found.sharing.tolist()]
+    assert sorted(members) == list(range(12)), "every sequence once"
+    assert sorted(sharing[:2]) == [(4, 128), (5, 256)] and sharing[2:] == [(1, 0)] * 3, sharing
+    for count, keys in sharing[:2]:
+        some, members = members[:count], members[count:]
+        assert set(some) == ({0, 1, 2, 4, 5} if keys == 256 else {3, 6, 7, 8})
+    assert members == [11, 10, 9], "the chunk, which is long, first"
+
+
+def test_a_group_is_not_shortened_by_half():
+    """Four share 512 tokens; that a fifth and a sixth share 128 of them makes another group, too small to pay."""
+    long, runs = [(page, 1) for page in range(1, 33)], []
+    for i in range(4):
+        runs.append([*long, (100 + i, 1)])
+    for i in range(2):
+        runs.append([*long[:8], (200 + i, 32)])
+    found = groups(Ragged([1] * 6, [520] * 6, runs, 16))
+    assert found is not None
+    assert found.sharing.tolist() == [[4, 512], [1, 0], [1, 0]] and sorted(found.members.tolist()[:4]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("queries", "contexts", "runs"),
+    [
+        ([1] * 3, [300] * 3, [[(1, 16), (20 + i, 4)] for i in range(3)]),
+        ([1] * 8, [300] * 8, [[(20 * i + 1, 19)] for i in range(8)]),
+        ([1] * 8, [300] * 8, [[(1, 7), (20 + 13 * i, 13)] for i in range(8)]),
+        ([2] * 8, [300] * 8, [[(1, 16), (20 + 4 * i, 4)] for i in range(8)]),
+        ([1] * 8, [128] * 8, [[(1, 8)]] * 8),
+    ],
+    ids=["few", "nothing shared", "less than a block", "several queries", "the last token's own page"],
+)
+def test_there_are_no_groups_where_they_do_not_pay(queries, contexts, runs):
+    assert groups(Ragged(queries, contexts, runs, 16)) is None
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(14, 2, 64), (6, 6, 32), (9, 3, 128), (40, 5, 64), (16, 1, 96), (40, 2, 64)]
+)
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_rows_that_share_tiles_have_the_bits_they_have_alone(heads, kv_heads, dim, page_size):
+    """Rows of several heads, and of sequences that begin with the same keys."""
+    ragged = branching(random.Random(page_size), page_size)
+    k, v = pools(kv_heads, dim, page_size, BRANCHING_TOKENS // page_size)
+    q = torch.randn(sum(ragged.query_lengths), heads, dim).bfloat16()
+    assert page_table(ragged).groups is not None
+    result = paged_attention_native(ragged, q, k, v, scale=dim**-0.5)
+    expected = paged_attention_reference(ragged, q, k, v, scale=dim**-0.5)
+    torch.testing.assert_close(result.double(), expected, atol=TOLERANCE, rtol=TOLERANCE)
+    row = 0
+    for count, length, runs in zip(ragged.query_lengths, ragged.context_lengths, ragged.runs, strict=True):
+        alone = Ragged([count], [length], [runs], page_size)
+        own = paged_attention_native(alone, q[row : row + count], k, v, scale=dim**-0.5)
+        assert torch.equal(own, result[row : row + count]), (row, count, length)
+        row += count
+
+
+@pytest.mark.parametrize("options", [{"window": 100}, {"softcap": 5.0}], ids=str)
+def test_options_of_sequences_that_begin_alike_agree_with_reference(options):
+    check(branching(random.Random(3), 16), 14, 2, 64, **options)
+
+
+def test_numbers_that_are_none_stay_with_their_sequence():
+    ragged = branching(random.Random(5), 16)
+    k, v = pools(2, 64, 16)
+    q = torch.randn(sum(ragged.query_lengths), 14, 64).bfloat16()
+    expected = paged_attention_native(ragged, q, k, v, scale=0.125)
+    last = ragged.runs[2][-1][0] * 16
+    k[:, last], v[:, last] = torch.nan, torch.inf
+    result = paged_attention_native(ragged, q, k, v, scale=0.125)
+    assert result[2].isnan().all()
+    others = [row for row in range(len(q)) if row != 2]
+    assert torch.equal(result[others], expected[others])
