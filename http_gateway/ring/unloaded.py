@@ -1,9 +1,10 @@
 """Adapters that were unloaded, and that unfinished requests may still need.
 
 A request may come again behind the end of its adapter: its own end was lost with a process of the ring, or it is held
-back here while suspects run (quarantine.py). Only the journal knows of such requests. So a scheduler says which unloaded
-adapters it keeps, and forgets one when it is told that no unfinished request names it, of any scheduler: new ones cannot
-name it. What was lost with a process is said again, for whoever starts again has the schedulers say their facts.
+back here while suspects run (quarantine.py). Only the journal knows of such requests. So a scheduler says which
+unloaded adapters it keeps, and forgets one when it is told that no unfinished request names it, of any scheduler: new
+ones cannot name it. What was lost with a process is said again, for whoever starts again has the schedulers say their
+facts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
