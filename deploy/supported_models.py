@@ -120,8 +120,8 @@ model's config.json says which one it has.
   constrained output, weight updates while they serve, and `--enable-deterministic-inference` on a CPU (but for the
   latent attention of DeepSeek, GLM-4.7-Flash and Kimi-Linear); on a CPU weights may be quantized (`--quantization int8`
   or `int4`). Models with recurrent layers (LFM2, Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi-Linear, and those with Mamba-2:
-  Bamba, Falcon-H1, Granite 4 H, Nemotron-H) go without drafts and LoRA adapters. Gemma 3n and 4 are computed by one
-  process (no `--tp-size`); an embedding that a request brings has no row in their second table.
+  Bamba, Falcon-H1, Granite 4 H, Nemotron-H) go without drafts and LoRA adapters. In Gemma 3n and 4 an embedding that a
+  request brings has no row in the second table.
 * **Through transformers**: transformers' own code with Quartet's attention. Slower, and compared with its own logits at
   each start. Weights are not kept quantized, and there is no deterministic inference.
 * **Refused**: the start ends with the reason.

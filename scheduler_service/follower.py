@@ -40,9 +40,8 @@ from quartet.scheduler_service.execution.rank_messages import (
     Forward,
     GiveUp,
     Hello,
-    JoinGroup,
-    LeaveGroup,
     Logits,
+    Meet,
     Message,
     OpenTier,
     Pool,
@@ -115,7 +114,8 @@ def follow(
         torch.cuda.set_device(parallel.rank % start.config.ranks_here)
     model = load_part(start.config, start.info, device, parallel, store)
     report()
-    limit_threads(device, model.hidden_size)
+    if not start.info.is_embedding:
+        limit_threads(device, model.hidden_size)
     log.info("Rank %d of %d computes %.2f GB of weights.", parallel.rank, parallel.size, model.weights.nbytes() / 1e9)
     updates = FollowingUpdates(Updates(model.weights, start.config, tempfile.gettempdir()))
     Follower(model, device, channel, parallel, updates).run()
@@ -141,7 +141,7 @@ class Follower:
         self.memory: FollowingMemory | None = None  # likewise
         self.tier: FollowingTier | None = None  # of KV beyond the pool; None: there is none
         self.job: Work | None = None  # in the background
-        self.meeting: Work | None = None  # likewise, in process groups: it may wait for a trainer; touches no weights
+        self.meetings: list[Work] = []  # likewise, in process groups: each may wait for its trainer; touch no weights
         config = updates.updates.config
         self.adapters: FollowingAdapters | None = None
         if config.enable_lora:
@@ -154,7 +154,7 @@ class Follower:
     def run(self) -> None:
         """Do what the messages say until there are no more; between them, a slice of the work in the background."""
         while True:
-            if (self.job or self.meeting) and not self.channel.waits(POLL_S):
+            if (self.job or self.meetings) and not self.channel.waits(POLL_S):
                 self.work_on()
             elif (message := self.channel.receive()) is None:
                 return
@@ -188,8 +188,8 @@ class Follower:
             case GiveUp():
                 self.finish_job()
                 self.updates.give_up()
-            case JoinGroup() | LeaveGroup():
-                self.meeting = finished(partial(self.updates.do, message), self.answer_meeting)
+            case Meet(number, task):
+                self.meetings.append(finished(partial(self.updates.do, task), partial(self.answer_meeting, number)))
             case Start() | Hello() | Answer() | TierReport():
                 raise AssertionError(message)
             case task:
@@ -264,9 +264,9 @@ class Follower:
         self.parallel.broadcast(hidden)
         self.model.logits(hidden)
 
-    def answer_meeting(self, answer: Answer) -> None:
+    def answer_meeting(self, number: int, answer: Answer) -> None:
         """Say what came of joining or leaving a process group."""
-        self.channel.send(msgspec.structs.replace(answer, of_meeting=True))
+        self.channel.send(msgspec.structs.replace(answer, meeting=number))
 
     # work in the background
 
@@ -277,7 +277,8 @@ class Follower:
 
     def work_on(self) -> None:
         """Let the work in the background run for a slice."""
-        self.job, self.meeting = resumed(self.job), resumed(self.meeting)
+        self.job = resumed(self.job)
+        self.meetings = [meeting for meeting in self.meetings if resumed(meeting)]
 
     def finish_job(self) -> None:
         """Work on until the job is done; who waits for a trainer waits on."""

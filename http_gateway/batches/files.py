@@ -1,9 +1,11 @@
 """/v1/files: the files of batches, uploaded by clients or made by the server."""
 
-from typing import Any
+import os
+from typing import Any, BinaryIO
 
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import FileResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quartet.http_gateway.batches.expiry import FORM_FIELDS, wanted_s
 from quartet.http_gateway.batches.pages import choice, page
@@ -57,23 +59,44 @@ async def one_file(gateway: Gateway, http: HTTPRequest) -> Response:
         return errors.json_response(described(file))
     if batch := runner_of(http).uses(file.id):
         raise RequestError(f"The batch {batch} reads this file; cancel it first.", Kind.CONFLICT)
-    await gateway.files.run(gateway.files.delete, file.id)
+    if not await gateway.files.run(gateway.files.delete, file.id):  # another request was faster
+        raise no_such_file(file.id)
     return errors.json_response({"id": file.id, "object": "file", "deleted": True})
 
 
-async def content(gateway: Gateway, http: HTTPRequest) -> Response:
-    """The bytes of a file."""
-    file = await found_file(gateway, http.path_params["id"])
-    return FileResponse(gateway.files.path_of(file.id), media_type="application/octet-stream")
+async def content(gateway: Gateway, http: HTTPRequest) -> ASGIApp:
+    """The bytes of a file, all of them, also where it is deleted while they are sent."""
+    file_id = http.path_params["id"]
+    file = await gateway.files.run(gateway.files.content, file_id)
+    if file is None:
+        raise no_such_file(file_id)
+    return Content(file)
+
+
+class Content:
+    """Sends what an open file holds, and closes it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._file as file:
+            path, status = f"/proc/self/fd/{file.fileno()}", os.fstat(file.fileno())  # no name that could be gone
+            await FileResponse(path, media_type="application/octet-stream", stat_result=status)(scope, receive, send)
 
 
 async def found_file(gateway: Gateway, file_id: str, field: str | None = None) -> StoredFile:
     """The file with this id. Raises RequestError (404; 400 for one that a field names)."""
     file = await gateway.files.run(gateway.files.file, file_id)
     if file is None:
-        kind = Kind.NOT_FOUND if field is None else Kind.BAD_REQUEST
-        raise RequestError(f"No such File object: {short(file_id)}", kind, field or "id")
+        raise no_such_file(file_id, field)
     return file
+
+
+def no_such_file(file_id: str, field: str | None = None) -> RequestError:
+    """404; 400 for one that a field names."""
+    kind = Kind.NOT_FOUND if field is None else Kind.BAD_REQUEST
+    return RequestError(f"No such File object: {short(file_id)}", kind, field or "id")
 
 
 def described(file: StoredFile) -> dict[str, Any]:

@@ -157,7 +157,8 @@ class BatchRunner:
             made = await self._in_thread(self._split, batch)  # what was answered is not thrown away
             await self._fail(batch, [Wrong("store_full", str(error))], made)
         except FileNotFoundError:
-            await self._fail(batch, [Wrong("file_deleted", "The file of the batch was deleted while it ran.")])
+            made = await self._in_thread(self._split, batch)  # likewise
+            await self._fail(batch, [Wrong("file_deleted", "The file of the batch was deleted while it ran.")], made)
         except (OSError, RequestError):
             raise
         except Exception as error:

@@ -187,6 +187,20 @@ class FileStore:
             row = database.execute("SELECT * FROM files WHERE id = ?", (file_id,)).fetchone()
             return None if row is None else StoredFile(*row)
 
+    def content(self, file_id: str) -> BinaryIO | None:
+        """A file's content, open: it can be read to its end, whoever deletes the file. None where there is none.
+
+        Raises RequestError (503) where it cannot be read.
+        """
+        if self.file(file_id) is None:
+            return None
+        try:
+            return open(self.path_of(file_id), "rb")
+        except FileNotFoundError:  # somebody has deleted it in the directory
+            return None
+        except OSError as error:
+            raise RequestError(f"The file cannot be read: {error.strerror}", Kind.UNAVAILABLE, "id") from error
+
     def files(self, purpose: str | None) -> list[StoredFile]:
         """All files of a purpose, the oldest first."""
         with self._transaction() as database:

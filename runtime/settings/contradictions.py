@@ -100,10 +100,6 @@ CONTRADICTIONS: list[Contradiction] = [
         ),
     ),
     (
-        lambda c, m: c.tp_size > 1 and c.is_embedding,
-        lambda c: f"--is-embedding works with one process only, and --tp-size is {c.tp_size}; leave one out",
-    ),
-    (
         lambda c, m: c.dp_size > 1 and c.nnodes > 1,
         lambda c: f"--dp-size {c.dp_size} works on one machine, and --nnodes is {c.nnodes}; leave one out",
     ),

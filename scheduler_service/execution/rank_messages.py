@@ -146,15 +146,22 @@ class Reread(msgspec.Struct, tag=True):
 
 
 class JoinGroup(msgspec.Struct, tag=True):
-    """Task: join a trainer's process group, as many ranks behind rank 0 as this one is in its own group."""
+    """Join a trainer's process group, as many ranks behind rank 0 as this one is in its own group."""
 
     command: InitWeightsUpdateGroup
 
 
 class LeaveGroup(msgspec.Struct, tag=True):
-    """Task: leave a trainer's process group, if this rank is in it."""
+    """Leave a trainer's process group, if this rank is in it."""
 
     name: str
+
+
+class Meet(msgspec.Struct, tag=True):
+    """Join or leave a group, beside all else. Answered under the same number, in no order with other answers."""
+
+    number: int
+    task: JoinGroup | LeaveGroup
 
 
 class Receive(msgspec.Struct, tag=True):
@@ -252,16 +259,16 @@ class Answer(msgspec.Struct, tag=True):
     value: Any = None
     refusal: str = ""  # why it was not done
     status: int = 400  # of the refusal
-    of_meeting: bool = False  # the task was one of `Meeting`, beside which others are answered
+    meeting: int | None = None  # the number of the `Meet` that this answers
 
 
 Meeting = JoinGroup | LeaveGroup
-InGroup = Meeting | Receive | ReceiveAdapter
+InGroup = Receive | ReceiveAdapter
 Task = FromDisk | Collect | Finish | Part | Snapshot | Differing | Randomize | Reread | InGroup
 Memory = Release | Resume
 Adapters = ReadAdapter | TakeAdapter | DropAdapter
 Tiers = OpenTier | UseTier | Tier
-Told = Pool | Forward | Logits | Task | Memory | Adapters | Tiers | DropSecond | Commit | GiveUp
+Told = Pool | Forward | Logits | Task | Meet | Memory | Adapters | Tiers | DropSecond | Commit | GiveUp
 Message = Start | Hello | Told | Answer | TierReport
 DECODER = msgspec.msgpack.Decoder(Message)
 

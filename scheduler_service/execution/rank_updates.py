@@ -18,7 +18,6 @@ import torch
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.control import InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.errors import CommandRefused
-from quartet.runtime.shorten import short
 from quartet.scheduler_service.execution.rank_messages import (
     Answer,
     Collect,
@@ -30,6 +29,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     GiveUp,
     JoinGroup,
     LeaveGroup,
+    Meeting,
     Part,
     Randomize,
     Receive,
@@ -160,8 +160,6 @@ class LeadingUpdates(Updates):
         first, ranks = command.rank_offset, self.followers.parallel.size
         if not 0 < first <= command.world_size - ranks:
             raise failed_to_join(NO_RANKS.format(first, first + ranks - 1, command.world_size, ranks))
-        if command.group_name in self.groups:
-            raise failed_to_join(f"the group {short(command.group_name)} exists already")
         try:
             self.followers.meet(JoinGroup(command), partial(super().join_group, command))
         except CommandRefused:
@@ -225,7 +223,7 @@ class FollowingUpdates:
         self.staged: Staged | None = None
 
     @on_one_thread
-    def do(self, task: Task) -> Answer:
+    def do(self, task: Task | Meeting) -> Answer:
         """Do a task, in the background."""
         try:
             return Answer(self._do(task))
@@ -234,7 +232,7 @@ class FollowingUpdates:
         except CheckpointError as error:
             return Answer(refusal=str(error))
 
-    def _do(self, task: Task) -> Any:
+    def _do(self, task: Task | Meeting) -> Any:
         updates = self.updates
         match task:
             case FromDisk(directory, load_format, digests):

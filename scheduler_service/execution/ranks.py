@@ -8,6 +8,7 @@ A rank that ends takes all with it: rank 0 sees its end, and the others die with
 inside an operation, where the launcher's watchdog finds it. The launcher starts the scheduler again, as one process.
 """
 
+import itertools
 import logging
 import os
 import select
@@ -42,6 +43,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     Answer,
     Channel,
     Logits,
+    Meet,
     Meeting,
     Message,
     Pool,
@@ -72,9 +74,9 @@ class Followers:
         self.parallel = parallel
         self.channels = channels
         self._asking = Turn()  # to receive
-        self._meeting = threading.Lock()
         self._reports: deque[TierReport] = deque()  # that came while an answer was waited for
-        self._met: list[deque[Answer]] = [deque() for _ in channels]  # likewise, of meetings
+        self._numbers = itertools.count()  # of meetings
+        self._met: dict[int, dict[int, Answer]] = {}  # likewise, of meetings that are not over, by channel
 
     @property
     def busy(self) -> bool:
@@ -93,7 +95,7 @@ class Followers:
     def _answer_of(self, number: int) -> Answer:
         while True:
             found = self.channels[number].receive()
-            if isinstance(found, Answer) and not found.of_meeting:
+            if isinstance(found, Answer) and found.meeting is None:
                 return found
             self._put_by(number, found)
 
@@ -102,8 +104,8 @@ class Followers:
         match found:
             case TierReport():
                 self._reports.append(found)
-            case Answer(of_meeting=True):
-                self._met[number].append(found)
+            case Answer(meeting=int(meeting)):
+                self._met[meeting][number] = found
             case _:
                 raise ConnectionError("a rank has ended")
 
@@ -138,20 +140,21 @@ class Followers:
         return result, agreed_values(answers)
 
     def meet(self, task: Meeting, own: Callable[[], None]) -> None:
-        """Have all ranks meet a trainer, who may let them wait: beside what else they are asked; one at a time.
+        """Have all ranks meet a trainer, who may let them wait: beside what else they are asked, and other meetings.
 
-        Raises as `together` does. Runs in the background.
+        Raises as `together` does. Runs in the background. Those of one group follow each other.
         """
-        with self._meeting:
-            self.tell(task)
-            try:
-                own()
-            finally:
-                while not all(self._met):
-                    time.sleep(LOOK_S)
-                    self._look()
-                answers = [answers.popleft() for answers in self._met]
-        agreed_values(answers)
+        number = next(self._numbers)
+        self._met[number] = met = dict[int, Answer]()
+        self.tell(Meet(number, task))
+        try:
+            own()
+        finally:
+            while len(met) < len(self.channels):
+                time.sleep(LOOK_S)
+                self._look()
+            del self._met[number]
+        agreed_values([met[channel] for channel in range(len(self.channels))])
 
 
 def agreed_values(answers: Sequence[Answer]) -> list[Any]:

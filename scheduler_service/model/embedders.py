@@ -11,6 +11,7 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.embedding import Embedding, family_name
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.shorten import reason
+from quartet.scheduler_service.host.parallel import Parallel
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import is_asked_for
 from quartet.scheduler_service.model.encoder import GATED, Encoder
@@ -18,7 +19,7 @@ from quartet.scheduler_service.model.encoder_layout import encoder_layout
 from quartet.scheduler_service.model.encoder_spec import EncoderSpec, TaskSpec
 from quartet.scheduler_service.model.families import encoders, encoders_relative, encoders_rotary, word_heads
 from quartet.scheduler_service.model.heads import ACTIVATIONS
-from quartet.scheduler_service.model.layout import decoder_layout
+from quartet.scheduler_service.model.shards import shard_layout, shard_spec
 from quartet.scheduler_service.model.spec import DecoderSpec, HeadLayer
 from quartet.scheduler_service.model.torch_backend import TorchBackend
 from quartet.scheduler_service.weights.adapter_config import ModuleSettings, read_settings
@@ -103,22 +104,32 @@ def task_spec(info: ModelInfo, tasks: Mapping[str, str], spec: EncoderSpec, tens
 
 
 def load_decoder_embedder(
-    spec: DecoderSpec, config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
+    spec: DecoderSpec,
+    config: ResolvedConfig,
+    info: ModelInfo,
+    dtype: torch.dtype,
+    device: torch.device,
+    parallel: Parallel,
 ) -> Decoder:
+    """The embedder that a decoder becomes, with its weights, or this rank's part of them. Raises StartupError."""
+    spec = embedder_spec(spec, config, info)
+    weights = Weights(shard_layout(spec, parallel), dtype, device)
+    own = shard_spec(spec, parallel.size) if parallel.size > 1 else spec
+    model = Decoder(own, weights, TorchBackend(spec.ropes, dtype, device, is_asked_for(config, device)))
+    load_weights(weights, config, info)
+    return model
+
+
+def embedder_spec(spec: DecoderSpec, config: ResolvedConfig, info: ModelInfo) -> DecoderSpec:
     """The decoder of `spec` without its language-model head, and with a score head where the architecture has one."""
     assert info.embedding is not None
-    names = tensor_names(config, info)
-    spec = replace(
+    return replace(
         spec,
-        prefix="" if WORDS in names else spec.prefix,
+        prefix="" if WORDS in tensor_names(config, info) else spec.prefix,
         generates=False,
         causal=info.embedding.causal,
         score_head=score_head(info, spec.hidden_size),
     )
-    weights = Weights(decoder_layout(spec), dtype, device)
-    model = Decoder(spec, weights, TorchBackend(spec.ropes, dtype, device, is_asked_for(config, device)))
-    load_weights(weights, config, info)
-    return model
 
 
 def score_head(info: ModelInfo, hidden: int) -> tuple[HeadLayer, ...]:

@@ -6,16 +6,16 @@
 A token whose embedding came with the request has no row of its own: its part is the norm alone, as in transformers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native.quantized import QuantizedWeight
 from quartet.scheduler_service.model.backend import Backend
 from quartet.scheduler_service.model.batch import Batch
-from quartet.scheduler_service.model.layers import Norm, OwnInput, linear, norm_of
+from quartet.scheduler_service.model.layers import Norm, OwnInput, embedding_of, linear, norm_of
 from quartet.scheduler_service.model.spec import DecoderSpec, LayerInputSpec
 from quartet.scheduler_service.weights.parameters import Layout, Weights
 
@@ -28,8 +28,8 @@ class LayerInputs:
 
     spec: LayerInputSpec
     layers: int
-    table: torch.Tensor  # (vocabulary, layers * size)
-    quantized_table: QuantizedWeight | None  # the same, if it is quantized
+    table: torch.Tensor | QuantizedWeight  # (vocabulary, layers * size), or what this rank has of it
+    look_up: Callable[[torch.Tensor, torch.Tensor | QuantizedWeight], torch.Tensor]
     row_scale: float
     context: Linear  # (layers * size, hidden)
     context_scale: float
@@ -48,10 +48,7 @@ class LayerInputs:
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """The tokens' rows of the table, scaled: (tokens, layers * size)."""
         ids = torch.where(ids < self.spec.vocabulary, ids, 0).long()
-        if self.quantized_table is not None:
-            return self.quantized_table.read(ids) * self.row_scale
-        rows: torch.Tensor = F.embedding(ids, self.table)
-        return rows * self.row_scale
+        return self.look_up(ids, self.table) * self.row_scale
 
 
 def add_input(own: OwnInput, residual: torch.Tensor, part: torch.Tensor, compute: Backend) -> None:
@@ -72,8 +69,8 @@ def layer_inputs_of(spec: DecoderSpec, weights: Weights) -> LayerInputs | None:
     return LayerInputs(
         spec=inputs,
         layers=len(spec.layers),
-        table=weights.slab("embed_by_layer"),
-        quantized_table=weights.quantized_slab("embed_by_layer"),
+        table=weights.quantized_slab("embed_by_layer") or weights.slab("embed_by_layer"),
+        look_up=embedding_of(weights, "embed_by_layer"),
         row_scale=float(torch.tensor(inputs.size**0.5, dtype=weights.dtype)),
         context=linear(weights, "layer_context"),
         context_scale=spec.hidden_size**-0.5,
@@ -81,10 +78,10 @@ def layer_inputs_of(spec: DecoderSpec, weights: Weights) -> LayerInputs | None:
     )
 
 
-def add_layer_inputs(layout: Layout, spec: DecoderSpec, inputs: LayerInputSpec) -> None:
-    """Places for the table and for what is made of the model's embeddings."""
+def add_layer_inputs(layout: Layout, spec: DecoderSpec, inputs: LayerInputSpec, tokens: int) -> None:
+    """Places for the table, which has so many tokens here, and for what is made of the model's embeddings."""
     width, prefix = len(spec.layers) * inputs.size, spec.prefix
-    layout.add("embed_by_layer", (), [(f"{prefix}embed_tokens_per_layer.weight", inputs.vocabulary)], width)
+    layout.add("embed_by_layer", (), [(f"{prefix}embed_tokens_per_layer.weight", tokens)], width)
     layout.add("layer_context", (), [(f"{prefix}per_layer_model_projection.weight", width)], spec.hidden_size)
     layout.add("layer_context_norm", (), [(f"{prefix}per_layer_projection_norm.weight", inputs.size)], None)
 

@@ -86,6 +86,7 @@ class Mlp:
     down: Linear
     activation: str
     cutoff: float | None = None  # gates below mean + cutoff * deviation count as zero, and others by the distance
+    ranks: Parallel | None = None  # those that have a part each of the gates that have one cutoff; None: all are here
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +194,11 @@ def linear(weights: Weights, buffer: str, *index: int, bias: bool = False) -> Li
     return layer
 
 
-def embedding_of(weights: Weights) -> Callable[[torch.Tensor, torch.Tensor | QuantizedWeight], torch.Tensor]:
-    """What looks up rows of the embeddings: (ids (tokens,), table) → (tokens, hidden)."""
-    if "embed" in weights.layout.cut_buffers:
+def embedding_of(
+    weights: Weights, buffer: str = "embed"
+) -> Callable[[torch.Tensor, torch.Tensor | QuantizedWeight], torch.Tensor]:
+    """What looks up rows of a table by token: (ids (tokens,), table) → (tokens, columns)."""
+    if buffer in weights.layout.cut_buffers:
         return partial(look_up, parallel=weights.layout.parallel)
     return rows_of
 
@@ -342,7 +345,10 @@ def dense_mlp(spec: DecoderSpec, weights: Weights, layer: int) -> Mlp:
     own, slab = spec.layers[layer], spec.slabs(layer).block
     gate_up = linear(weights, f"gate_up{own.block_kind}", slab, bias=spec.mlp_bias)
     down = linear(weights, f"down{own.block_kind}", slab, bias=spec.mlp_bias)
-    return Mlp(gate_up, down, spec.activation, NormalDist().inv_cdf(own.sparsity) if own.sparsity else None)
+    if not own.sparsity:
+        return Mlp(gate_up, down, spec.activation)
+    ranks = weights.layout.parallel if weights.layout.parallel.size > 1 else None
+    return Mlp(gate_up, down, spec.activation, NormalDist().inv_cdf(own.sparsity), ranks)
 
 
 def moe(spec: DecoderSpec, mixture: MoeSpec, weights: Weights, slab: int) -> Moe:

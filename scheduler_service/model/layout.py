@@ -11,12 +11,12 @@ from quartet.scheduler_service.model.streams import add_own_streams, add_streams
 from quartet.scheduler_service.weights.parameters import Layout, Rows
 
 
-def decoder_layout(spec: DecoderSpec, vocabulary: int | None = None) -> Layout:
+def decoder_layout(spec: DecoderSpec, ranks: int = 1) -> Layout:
     """Buffers by kind, fused where layers read them together: qkv, and gate with up.
 
-    `vocabulary`: how many tokens embeddings and head have here; None: all.
+    `ranks`: so many have a part each of embeddings and head, by token; `spec` has one rank's part of all else.
     """
-    tokens = spec.vocab_size if vocabulary is None else vocabulary
+    tokens = tokens_here(spec.vocab_size, ranks)
     own_lm_head = spec.generates and not spec.tied
     layout = Layout(ignored=spec.ignored | frozenset(() if own_lm_head else {spec.head}))
     if spec.generates:
@@ -27,7 +27,7 @@ def decoder_layout(spec: DecoderSpec, vocabulary: int | None = None) -> Layout:
     if own_lm_head:
         layout.add("lm_head", (), [(spec.head, tokens)], spec.hidden_size)
     if spec.layer_inputs:
-        add_layer_inputs(layout, spec, spec.layer_inputs)
+        add_layer_inputs(layout, spec, spec.layer_inputs, tokens_here(spec.layer_inputs.vocabulary, ranks))
     if spec.streams:
         add_streams(layout, spec, spec.streams)
     for index, layer in enumerate(spec.layers):
@@ -48,6 +48,11 @@ def decoder_layout(spec: DecoderSpec, vocabulary: int | None = None) -> Layout:
         if spec.layer_scales:
             layout.add("layer_scale", (index,), [(f"{prefix}layer_scalar", 1)], None)
     return layout
+
+
+def tokens_here(vocabulary: int, ranks: int) -> int:
+    """How many tokens a table has on one of some ranks: all where they cannot be divided."""
+    return vocabulary if vocabulary % ranks else vocabulary // ranks
 
 
 def embeddings_name(spec: DecoderSpec) -> str:

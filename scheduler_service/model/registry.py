@@ -22,7 +22,12 @@ from quartet.scheduler_service.model.cpu_backend import CpuBackend
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for
 from quartet.scheduler_service.model.dtype import resolve_dtype
-from quartet.scheduler_service.model.embedders import load_decoder_embedder, load_encoder, tensor_names
+from quartet.scheduler_service.model.embedders import (
+    embedder_spec,
+    load_decoder_embedder,
+    load_encoder,
+    tensor_names,
+)
 from quartet.scheduler_service.model.families import (
     cohere,
     deepseek,
@@ -159,12 +164,15 @@ def load_model(
 
 def check_ranks(config: ResolvedConfig, info: ModelInfo) -> None:
     """Raise StartupError for a model that cannot be computed by several ranks, before any of them is started."""
-    if info.embedding is not None:
-        raise StartupError(REFUSED.format(config.tp_size, "this is an embedding model"))
+    check_embedder(config, info)
+    if info.embedding is not None and info.embedding.encoder:
+        raise StartupError(REFUSED.format(config.tp_size, f"{info.architecture} is an encoder"))
     try:
         spec = decoder_spec(info)
     except NotNative as reason:
         raise StartupError(REFUSED.format(config.tp_size, f"there is no native family for {reason}")) from reason
+    if info.embedding is not None:
+        spec = embedder_spec(spec, config, info)
     first = Parallel(0, config.tp_size)  # the parts of the others are as large
     layout, path = shard_layout(spec, first), Path(info.path)
     if config.quantization in CHOICES:
@@ -174,17 +182,18 @@ def check_ranks(config: ResolvedConfig, info: ModelInfo) -> None:
     if config.nnodes > 1 and format_of(path) == "gguf":
         raise StartupError(ONE_MACHINE.format(config.nnodes))
     checkpoint, device = checkpoint_of(path), torch.device(config.device)
-    layout = shard_layout(inside(spec, info.architecture, checkpoint.tensors), first)
-    keeps = config.quantization == "auto" and can_quantize(resolve_dtype(config.dtype, info.config, device), device)
-    check_stored(layout, checkpoint, keeps and native.is_expected())
+    if info.embedding is None:
+        layout = shard_layout(inside(spec, info.architecture, checkpoint.tensors), first)
+    keeps = info.embedding is None and config.quantization == "auto"  # weights of embedders are expanded
+    dtype = resolve_dtype(config.dtype, info.config, device)
+    check_stored(layout, checkpoint, keeps and can_quantize(dtype, device) and native.is_expected())
 
 
 def load_own(
     config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device, parallel: Parallel = ALONE
 ) -> ServedModel:
     """A model that runs on our own layers; raises NotNative for any other."""
-    if info.embedding is not None and config.quantization in CHOICES:
-        raise StartupError(f"--quantization {config.quantization} is for models that generate; leave it out")
+    check_embedder(config, info)
     if info.embedding is None:
         spec = decoder_spec(info)
         check_chunks(spec, config)
@@ -197,7 +206,13 @@ def load_own(
         return load_encoder(config, info, dtype, device)
     spec = decoder_spec(info)
     check_chunks(spec, config)
-    return load_decoder_embedder(spec, config, info, dtype, device)
+    return load_decoder_embedder(spec, config, info, dtype, device, parallel)
+
+
+def check_embedder(config: ResolvedConfig, info: ModelInfo) -> None:
+    """Raise StartupError for an embedder that is to be quantized."""
+    if info.embedding is not None and config.quantization in CHOICES:
+        raise StartupError(f"--quantization {config.quantization} is for models that generate; leave it out")
 
 
 def check_chunks(spec: DecoderSpec, config: ResolvedConfig) -> None:

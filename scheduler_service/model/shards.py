@@ -4,11 +4,12 @@ Queries, keys, values, gates and ups are cut by output (rows of the weight), `ou
 whose products are summed over the ranks. A recurrence is cut in the same way, by heads or channels, with its states and
 its convolution. A tensor in which several matrices lie is cut in each of them (`Place.sections`). Layers of other sizes
 than the model's are cut by their own. Experts are cut like a dense block, each in its middle; one sum follows all of
-them. Embeddings and head are cut by token where the vocabulary can be divided. Routers, norms of the residual stream
-and what all heads of latent attention share are whole everywhere.
+them. Embeddings, those for each layer too, and head are cut by token where the vocabulary can be divided. Routers,
+norms of the residual stream, what all heads of latent attention share, and the small products between several residual
+streams and of a layer's own input are whole everywhere.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 from quartet.kernels.cpu.native.quantized import UNIT
@@ -35,23 +36,10 @@ SPLIT = (
     "--quantization {} with --tp-size {}: each rank has {} columns of the weight {}, which are not whole groups of {}; "
     "use another --tp-size, or leave one out"
 )
-# What several ranks do not compute: whether a model has it, and what it is called
-WHOLE: list[tuple[Callable[[DecoderSpec], bool], str]] = [
-    (lambda spec: spec.streams is not None, "this model has several residual streams"),
-    (lambda spec: spec.layer_inputs is not None, "this model has embeddings for each layer"),
-]
-
-
-def refuse_whole(spec: DecoderSpec, ranks: int) -> None:
-    """Raise StartupError for a model of which ranks cannot have parts."""
-    for has_it, what in WHOLE:
-        if has_it(spec):
-            raise StartupError(REFUSED.format(ranks, what))
 
 
 def shard_spec(spec: DecoderSpec, ranks: int) -> DecoderSpec:
     """The decoder that one rank computes. Raises StartupError where there is none."""
-    refuse_whole(spec, ranks)
     kv_heads = share_of_keys(spec.kv_heads, ranks)
     return replace(
         spec,
@@ -115,8 +103,7 @@ def shard_layout(spec: DecoderSpec, parallel: Parallel) -> Layout:
     whole = decoder_layout(spec)
     if parallel.size == 1:
         return whole
-    rows = spec.vocab_size if spec.vocab_size % parallel.size else spec.vocab_size // parallel.size
-    layout = decoder_layout(shard_spec(spec, parallel.size), rows)
+    layout = decoder_layout(shard_spec(spec, parallel.size), parallel.size)
     layout.parallel = parallel
     for name, place in layout.places.items():
         if (cut := cut_of(whole.places[name], place, parallel)) is not None:

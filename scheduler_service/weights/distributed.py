@@ -24,6 +24,9 @@ Groups = Mapping[str, "dist.ProcessGroup"]
 TRAINER = 0
 TIMEOUT = timedelta(seconds=300)
 NEEDS_GPU = ("nccl",)
+BACKENDS = ("gloo", *NEEDS_GPU)
+MOST_RANKS = 1 << 20
+NO_HOST = frozenset("/?#@ ")  # what would be more than a host in an address
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +42,26 @@ class GroupSpec:
 
     @classmethod
     def of(cls, command: InitWeightsUpdateGroup) -> "GroupSpec":
-        """Raises CommandRefused for a port that is none; some trainers send it as a string."""
+        """Raises CommandRefused for an address that is none. Some trainers send the port as a string."""
         try:
             port = int(command.master_port)
         except ValueError:
             port = 0
         if not 0 < port < 1 << 16:
             raise failed_to_join(f"master_port {command.master_port} is no port")
+        if not command.master_address or NO_HOST & set(command.master_address):
+            raise failed_to_join(f'master_address "{short(command.master_address)}" is no host')
         rank, size = command.rank_offset, command.world_size
         return cls(command.master_address, port, rank, size, command.group_name, command.backend)
 
 
 def join(spec: GroupSpec) -> "dist.ProcessGroup":
     """Meet the trainer. Raises CommandRefused when that fails."""
+    if not backends_of(spec.backend) <= set(BACKENDS):
+        raise failed_to_join(f'backend "{short(spec.backend)}" is not supported; choose one of {", ".join(BACKENDS)}')
     if spec.backend in NEEDS_GPU and not torch.cuda.is_available():
         raise failed_to_join(f'backend "{spec.backend}" needs a GPU, and this server has none: use "gloo"')
-    if not 0 < spec.rank < spec.world_size:
+    if not 0 < spec.rank < spec.world_size <= MOST_RANKS:
         raise failed_to_join(f"rank {spec.rank} of {spec.world_size}: the trainer is rank 0, servers follow it")
     try:
         where = f"tcp://{spec.address}:{spec.port}"
@@ -79,6 +86,11 @@ def new_group(spec: GroupSpec, store: "c10d.Store") -> "dist.ProcessGroup":
     )
     c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(spec.world_size)}
     return group
+
+
+def backends_of(name: str) -> set[str]:
+    """The backends that a name stands for, which may have one for each kind of device: cpu:gloo,cuda:nccl."""
+    return {part.rpartition(":")[2] for part in name.lower().split(",")}
 
 
 def failed_to_join(reason: str) -> CommandRefused:

@@ -89,6 +89,7 @@ class Updates:
         self.session: Session | None = None
         self.groups: dict[str, torch.distributed.ProcessGroup] = {}
         self.joining: set[str] = set()  # names of groups that wait for their trainer
+        self.leaving: set[str] = set()  # and of those that are being left
         self.lost: set[str] = set()  # tensors whose values were lost when their memory was released
         self.commands: deque[object] = deque()  # those that need the weights for themselves, in order; the first runs
         self.committed = Committed(
@@ -380,9 +381,7 @@ class Updates:
     # process groups: in the background
 
     def join_group(self, command: InitWeightsUpdateGroup) -> None:
-        """Meet a trainer. Raises CommandRefused."""
-        if command.group_name in self.groups:
-            raise distributed.failed_to_join(f"the group {short(command.group_name)} exists already")
+        """Meet a trainer. There is no group of that name. Raises CommandRefused."""
         self.groups[command.group_name] = distributed.join(distributed.GroupSpec.of(command))
 
     def leave_group(self, name: str) -> None:

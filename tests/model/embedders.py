@@ -1,7 +1,7 @@
 """Small random embedding models on disk, transformers' answers for them, and ours."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +79,34 @@ def build(architecture: str, directory: Path, *, seed: int = 0, **overrides: Any
     return model
 
 
+def save_bidirectional_gemma(directory: Path) -> Any:
+    """As EmbeddingGemma: windows reach both ways, two layers behind the pooling, prompts by name.
+
+    Returns sentence-transformers' own; the model is in the folder `saved`.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+
+    shape = {"use_bidirectional_attention": True, "sliding_window": 16, "sliding_window_pattern": 2}
+    build("Gemma3TextModel", directory / "gemma", **shape)
+    layers = [
+        Dense(64, 96, bias=False, activation_function=torch.nn.Identity()),
+        Dense(96, 48, activation_function=torch.nn.Tanh()),
+    ]
+    modules = [Transformer(str(directory / "gemma")), Pooling(64, pooling_mode="mean"), *layers, Normalize()]
+    peer = SentenceTransformer(modules=modules, device="cpu", prompts={"query": "task: search | query: ", "plain": ""})
+    peer.save(str(directory / "saved"))
+    return peer
+
+
 class Embedder:
     """Planner and worker of an embedding model in one process."""
 
-    def __init__(self, directory: Path, **settings: Any) -> None:
+    def __init__(self, directory: Path, make_worker: Callable[..., Worker] = Worker, **settings: Any) -> None:
         settings = {"dtype": "float32", "page_size": 1, "max_total_tokens": 4096, "device": "cpu", **settings}
         config = resolved(model_path=str(directory), model_dir=str(directory), **settings)
         self.info = model_info.load(config)
-        self.worker = Worker(config, self.info)
+        self.worker = make_worker(config, self.info)
         self.planner = Planner(planner_config(config, self.info, self.worker))
         self.steps: list[tuple[int, int]] = []  # new and cached tokens of each
         self.updates: dict[str, Update] = {}

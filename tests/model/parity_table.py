@@ -18,7 +18,7 @@ from tests.model import parity, tiny
 from tests.ranks import run_ranks, serve_cases
 
 DIVISIBLE = [
-    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma4_moe", "gemma4_unified"),
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4_moe", "gemma4_unified"),
     *("qwen2_moe", "qwen3_moe", "mixtral", "phi3", "glm4"),
     *("qwen3_next", "qwen3_5", "qwen3_5_moe", "granite_hybrid", "nemotron_h", "falcon_h1", "bamba", "lfm2"),
     *("olmo_hybrid", "olmo2", "olmo3", "minimax_m2", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear"),

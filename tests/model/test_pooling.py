@@ -127,19 +127,7 @@ def test_texts_of_a_request_may_be_cut_to_different_dimensions(tmp_path):
 
 
 def test_a_bidirectional_gemma_with_dense_layers_gives_what_sentence_transformers_gives(tmp_path):
-    """As EmbeddingGemma: windows reach both ways, two layers behind the pooling, prompts by name."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
-
-    shape = {"use_bidirectional_attention": True, "sliding_window": 16, "sliding_window_pattern": 2}
-    embedders.build("Gemma3TextModel", tmp_path / "gemma", **shape)
-    layers = [
-        Dense(64, 96, bias=False, activation_function=torch.nn.Identity()),
-        Dense(96, 48, activation_function=torch.nn.Tanh()),
-    ]
-    modules = [Transformer(str(tmp_path / "gemma")), Pooling(64, pooling_mode="mean"), *layers, Normalize()]
-    peer = SentenceTransformer(modules=modules, device="cpu", prompts={"query": "task: search | query: ", "plain": ""})
-    peer.save(str(tmp_path / "saved"))
+    peer = embedders.save_bidirectional_gemma(tmp_path)
     embedder = Embedder(tmp_path / "saved")
     assert embedder.info.embedding.prompts["query"] == "task: search | query: "
     sentences = [*SENTENCES, "the quick brown fox " * 9]

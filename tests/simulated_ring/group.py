@@ -147,7 +147,8 @@ class VirtualFollower(Follower):
         self.parallel = Parallel(rank, group.size)
         self.updates = VirtualFollowingUpdates(VirtualUpdates(group.starts_with, group.random, REFUSES))
         self.cells = Cells(group.cells.page_size, array("i", [-1]) * len(group.cells.tokens))
-        self.steps = self.memory = self.adapters = self.tier = self.job = self.meeting = None
+        self.steps = self.memory = self.adapters = self.tier = self.job = None
+        self.meetings = []
         self.part: VirtualPart | None = None
         self.seen: deque[list[int]] = deque()  # by step: what it has computed with
         self.points_left: int | None = None  # until its death

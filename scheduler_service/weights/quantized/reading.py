@@ -76,7 +76,7 @@ def read_numbers(
     place = weights.quantized_of(name)
     assert place is not None and tensor.scheme is not None and tensor.numbers is not None, name
     unit = math.lcm(tensor.unit_rows, BLOCK_COLUMNS)
-    waiting: list[QuantizedRows] = []  # of a range that ended within a block
+    begun: list[QuantizedRows] = []  # rows of a block within which a range ended
     for piece in pieces(tensor, piece_values, unit, yield_point):
         rows = tensor.numbers(piece.parts, piece.first).to(tensor.scheme)
         if (columns := own_columns(tensor)) is not None:
@@ -84,11 +84,12 @@ def read_numbers(
         rows = rows.to(place.scheme)
         if not rows.fits():
             raise CheckpointError(f"{tensor.shown}: tensor {name} has scales that are too large or not finite")
-        waiting.append(rows)
-        count = sum(len(part.numbers) for part in waiting)
-        if count % BLOCK_COLUMNS == 0 or piece.end == tensor.shape[0]:
-            weights.write(name, QuantizedRows.below(waiting), piece.end - count, yield_point)
-            waiting = []
+        rows = QuantizedRows.below([*begun, rows])
+        count = len(rows.numbers)
+        whole = count if piece.end == tensor.shape[0] else count // BLOCK_COLUMNS * BLOCK_COLUMNS
+        if whole:
+            weights.write(name, rows.part(0, whole), piece.end - count, yield_point)
+        begun = [rows.select(torch.arange(whole, count))] if whole < count else []  # a copy: the piece is freed
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quartet.runtime.control import InitWeightsUpdateGroup
-from quartet.scheduler_service.execution.rank_messages import Answer, DropSecond, GiveUp, JoinGroup
+from quartet.scheduler_service.execution.rank_messages import Answer, DropSecond, GiveUp, JoinGroup, Meet
 from quartet.scheduler_service.execution.rank_updates import FollowingUpdates
 from quartet.scheduler_service.follower import Follower
 from quartet.scheduler_service.host.parallel import Parallel
@@ -20,11 +20,13 @@ from tests.configs import resolved
 from tests.unit.scheduler_service.execution.test_rank_updates import Scripted
 
 PATIENCE_S = 120.0
-JOIN = JoinGroup(
-    InitWeightsUpdateGroup(
-        id="", master_address="127.0.0.1", master_port=1, rank_offset=1, world_size=3, group_name="g", backend="gloo"
+
+
+def joining(number: int, name: str) -> Meet:
+    command = InitWeightsUpdateGroup(
+        id="", master_address="127.0.0.1", master_port=1, rank_offset=1, world_size=3, group_name=name, backend="gloo"
     )
-)
+    return Meet(number, JoinGroup(command))
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_a_rank_that_waits_for_a_trainer_does_what_is_told_meanwhile(
         return "group"
 
     monkeypatch.setattr(distributed, "join", join)
-    follower.handle(JOIN)
+    follower.handle(joining(3, "g"))
     follower.work_on()
     assert waits.wait(PATIENCE_S)
     follower.updates.updates.open_session()
@@ -60,7 +62,33 @@ def test_a_rank_that_waits_for_a_trainer_does_what_is_told_meanwhile(
     follower.handle(DropSecond())
     assert follower.updates.updates.session is None and channel.heard == []
     trainer.set()
+    work_until(follower, channel, 1)
+    assert channel.heard == [Answer(meeting=3)] and list(follower.updates.updates.groups) == ["g"]
+
+
+def test_a_rank_meets_a_trainer_that_comes_while_it_waits_for_another(
+    follower: Follower, channel: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers = {"absent": threading.Event(), "there": threading.Event()}
+
+    def join(spec: distributed.GroupSpec) -> str:
+        assert trainers[spec.name].wait(PATIENCE_S)
+        return spec.name
+
+    monkeypatch.setattr(distributed, "join", join)
+    follower.handle(joining(0, "absent"))
+    follower.work_on()
+    follower.handle(joining(1, "there"))
+    trainers["there"].set()
+    work_until(follower, channel, 1)
+    assert channel.heard == [Answer(meeting=1)] and list(follower.updates.updates.groups) == ["there"]
+    trainers["absent"].set()
+    work_until(follower, channel, 2)
+    assert channel.heard == [Answer(meeting=1), Answer(meeting=0)] and not follower.meetings
+
+
+def work_until(follower: Follower, channel: Scripted, answers: int) -> None:
+    """Let the rank work until it has given so many answers."""
     ends_at = time.monotonic() + PATIENCE_S
-    while not channel.heard and time.monotonic() < ends_at:
+    while len(channel.heard) < answers and time.monotonic() < ends_at:
         follower.work_on()
-    assert channel.heard == [Answer(of_meeting=True)] and list(follower.updates.updates.groups) == ["g"]

@@ -91,6 +91,42 @@ async def test_a_file_is_kept_listed_read_and_deleted():
 
 
 @asynchronous
+async def test_a_file_whose_content_has_gone_is_a_404_in_the_shape_of_the_api():
+    async with served() as server:
+        file_id = await upload(server, b"some bytes")
+        server.gateway.files.path_of(file_id).unlink()
+        gone = await server.client.get(f"/v1/files/{file_id}/content")
+        assert (gone.status, gone.json()["message"]) == (404, f"No such File object: {file_id}")
+        assert gone.json()["error"]["type"] == "NotFoundError"
+
+
+@asynchronous
+async def test_a_file_that_is_deleted_before_it_is_sent_is_sent_whole():
+    async with served() as server:
+        text = b"x" * 300_000
+        file_id = await upload(server, text)
+        store = server.gateway.files
+        content = store.content
+
+        def then_delete(file_id: str) -> Any:
+            file = content(file_id)
+            assert store.delete(file_id)
+            return file
+
+        store.content = then_delete
+        answer = await server.client.get(f"/v1/files/{file_id}/content")
+        assert (answer.status, answer.body == text, store.room()) == (200, True, store.most_bytes)
+
+
+@asynchronous
+async def test_of_two_calls_that_delete_a_file_one_finds_it():
+    async with served() as server:
+        file_id = await upload(server, b"x")
+        calls = [server.client.start("DELETE", f"/v1/files/{file_id}") for _ in range(2)]
+        assert sorted([(await call.answer()).status for call in calls]) == [200, 404]
+
+
+@asynchronous
 async def test_files_are_listed_page_by_page():
     async with served() as server:
         first, second, third = [await upload(server, b"x") for _ in range(3)]
@@ -331,6 +367,32 @@ async def test_what_is_not_answered_within_the_window_is_told_in_the_file_of_err
         batch = await ended(server, batch_id)
         assert batch["status"] == "expired"
         assert {line["error"]["code"] for line in await content(server, batch["error_file_id"])} == {"batch_expired"}
+
+
+@asynchronous
+async def test_a_batch_whose_file_has_gone_fails_and_keeps_what_was_answered():
+    async with served() as server:
+        answers = 0
+
+        def script(generate: Any) -> list[Any]:
+            nonlocal answers
+            answers += 1
+            return words("Hello")(generate) if answers <= 2 else []
+
+        server.ring.script = script
+        batch_id = await begin(server, lines(3))
+        while (await get(server, batch_id))["request_counts"]["completed"] < 2:
+            await asyncio.sleep(0.01)
+        batches, input_file = runner_of(server), (await get(server, batch_id))["input_file_id"]
+        tasks = list(batches._tasks.values())
+        batches.stop()
+        await asyncio.wait(tasks)
+        server.gateway.files.path_of(input_file).unlink()
+        await batches.resume()
+        batch = await ended(server, batch_id)
+        assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "file_deleted")
+        results = await content(server, batch["output_file_id"])
+        assert len(results) == 2 == batch["request_counts"]["completed"]
 
 
 @asynchronous

@@ -208,7 +208,6 @@ def test_preferred_parameters_take_a_schema_as_text_or_as_the_object(schema):
             CPU,
             "--dp-size 2 works on one machine, and --nnodes is 2",
         ),
-        ({"tp_size": 2, "is_embedding": True}, CPU, "--is-embedding works with one process only"),
         ({"tp_size": 2}, GPU, "add it"),
         ({"tp_size": 3, "nnodes": 2, "dist_init_addr": "a:1"}, CPU, "--tp-size 3 cannot be divided among --nnodes 2"),
         ({"tp_size": 2, "nnodes": 2, "node_rank": 2, "dist_init_addr": "a:1"}, CPU, "count from 0"),

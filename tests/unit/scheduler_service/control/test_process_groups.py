@@ -4,6 +4,7 @@ import contextlib
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from quartet.runtime.adapters import LoadAdapterFromDistributed
 from quartet.runtime.control import DestroyWeightsUpdateGroup, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
+from quartet.scheduler_service.weights import distributed
 from tests import checkpoints
 from tests.adapters import BASE_TOKEN, FIRST_TOKEN, telling_base, telling_settings, telling_tensors
 from tests.live import Live
@@ -20,6 +22,7 @@ from tests.stepper import tokenized
 
 PROMPT = list(range(10, 31))
 A, B = 100, 200
+PATIENCE_S = 60.0
 GROUP = "weight_update_group"
 NAMES = ["lm_head.weight", "model.norm.weight"]
 
@@ -136,6 +139,12 @@ def test_a_trainer_that_dies_changes_nothing(live: Live, weights: Path) -> None:
         ({"rank_offset": 2}, "rank 2 of 2"),
         ({"master_port": "http"}, "master_port http is no port"),
         ({"backend": "nccl"}, "needs a GPU"),
+        ({"backend": "ucc"}, 'backend "ucc" is not supported; choose one of gloo, nccl'),
+        ({"backend": "cpu:gloo,cuda:x"}, "is not supported"),
+        ({"backend": ""}, "is not supported"),
+        ({"world_size": 1 << 40}, f"rank 1 of {1 << 40}"),
+        ({"master_address": ""}, 'master_address "" is no host'),
+        ({"master_address": "host?rank=5"}, "is no host"),
     ],
 )
 def test_a_group_that_cannot_be_is_refused_at_once(live: Live, fields: dict[str, object], reason: str) -> None:
@@ -159,6 +168,30 @@ def test_a_second_call_for_a_group_that_waits_for_its_trainer_is_refused(live: L
         other.go()
         assert live.wait(id).success and other.read_line() == "sent"
     assert live.call(DestroyWeightsUpdateGroup()).success
+
+
+def test_a_group_is_destroyed_once_and_not_joined_meanwhile(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves, go_on = threading.Event(), threading.Event()
+    left: list[Any] = []
+
+    def leave(group: Any) -> None:
+        leaves.set()
+        assert go_on.wait(PATIENCE_S)
+        left.append(group)
+
+    monkeypatch.setattr(distributed, "leave", leave)
+    group: Any = object()
+    live.updates.groups[GROUP] = group
+    first = live.begin(DestroyWeightsUpdateGroup())
+    live.step()
+    assert leaves.wait(PATIENCE_S)
+    again = live.call(DestroyWeightsUpdateGroup())
+    assert (again.status, again.message) == (400, f"The group {GROUP} is being destroyed already.")
+    joined = live.call(joining(free_port()))
+    assert joined.status == 400 and joined.message.endswith(f"the group {GROUP} is being destroyed.")
+    go_on.set()
+    assert live.wait(first).success and left == [group]
+    assert live.call(DestroyWeightsUpdateGroup()).message == "The group to be destroyed does not exist."
 
 
 def test_groups_that_do_not_exist_are_named(live: Live) -> None:

@@ -18,6 +18,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     GiveUp,
     JoinGroup,
     LeaveGroup,
+    Meet,
     Message,
     Part,
     Randomize,
@@ -161,10 +162,17 @@ def test_ranks_that_have_joined_leave_when_one_could_not(
     command = InitWeightsUpdateGroup(
         id="", master_address="127.0.0.1", master_port=1, rank_offset=1, world_size=3, group_name="g", backend="gloo"
     )
-    other.script = [Answer(refusal="no trainer", of_meeting=True), Answer(of_meeting=True)]
+    answers = [Answer(refusal="no trainer", meeting=0), Answer(meeting=1)]
+
+    def told(message: Message) -> None:
+        other.heard.append(message)
+        other.script.append(answers.pop(0))
+
+    monkeypatch.setattr(other, "send", told)
     with pytest.raises(CommandRefused, match=r"no trainer \(rank 1\)"):
         updates.join_group(command)
-    assert other.heard == [JoinGroup(command), LeaveGroup("g")] and left == ["group"] and not updates.groups
+    assert other.heard == [Meet(0, JoinGroup(command)), Meet(1, LeaveGroup("g"))]
+    assert left == ["group"] and not updates.groups
 
 
 def test_ranks_that_wait_for_a_trainer_answer_other_questions_meanwhile() -> None:
@@ -172,8 +180,8 @@ def test_ranks_that_wait_for_a_trainer_answer_other_questions_meanwhile() -> Non
     followers = Followers(Parallel(0, 2), [own])
     with ThreadPoolExecutor() as threads:
         met = threads.submit(followers.meet, LeaveGroup("g"), lambda: None)
-        assert theirs.receive() == LeaveGroup("g") and not followers.busy
-        for value, words in (("first", [Answer("first")]), ("last", [Answer(of_meeting=True), Answer("last")])):
+        assert theirs.receive() == Meet(0, LeaveGroup("g")) and not followers.busy
+        for value, words in (("first", [Answer("first")]), ("last", [Answer(meeting=0), Answer("last")])):
             asked = threads.submit(followers.together, Part(HEAD), lambda: 0)
             assert theirs.receive() == Part(HEAD) and not met.done()
             for word in words:
@@ -182,8 +190,23 @@ def test_ranks_that_wait_for_a_trainer_answer_other_questions_meanwhile() -> Non
         met.result(PATIENCE_S)
 
 
+def test_a_group_is_met_while_the_trainer_of_another_does_not_come() -> None:
+    own, theirs = map(Channel, socket.socketpair())
+    followers = Followers(Parallel(0, 2), [own])
+    with ThreadPoolExecutor() as threads:
+        waits, met = (threads.submit(followers.meet, LeaveGroup(name), lambda: None) for name in ("absent", "there"))
+        told = [theirs.receive() for _ in range(2)]
+        numbers = {meet.task.name: meet.number for meet in told if isinstance(meet, Meet)}
+        theirs.send(Answer(meeting=numbers["there"]))
+        met.result(PATIENCE_S)
+        assert not waits.done()
+        theirs.send(Answer(refusal="no trainer", meeting=numbers["absent"]))
+        with pytest.raises(CommandRefused, match=r"no trainer \(rank 1\)"):
+            waits.result(PATIENCE_S)
+
+
 def test_the_refusal_of_a_rank_that_could_not_meet_the_trainer_is_told(other: Scripted) -> None:
-    other.script = [TierReport([], []), Answer(refusal="no trainer", status=503, of_meeting=True)]
+    other.script = [TierReport([], []), Answer(refusal="no trainer", status=503, meeting=0)]
     followers = Followers(Parallel(0, 2), [other])
     with pytest.raises(CommandRefused, match=r"no trainer \(rank 1\)") as refused:
         followers.meet(LeaveGroup("g"), lambda: None)

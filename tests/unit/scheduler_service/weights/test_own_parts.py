@@ -1,13 +1,16 @@
 """A rank's part of tensors is read by itself, of quantized ones and of those that lie in one with others too."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from quartet.kernels.cpu.linear import no_pause
 from quartet.kernels.cpu.native import build
-from quartet.kernels.cpu.native.quantized import Scheme
+from quartet.kernels.cpu.native.library import BLOCK_COLUMNS
+from quartet.kernels.cpu.native.quantized import QuantizedRows, Scheme
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.host.parallel import Parallel
@@ -170,6 +173,29 @@ def test_numbers_of_ranges_that_end_within_a_block_of_rows_are_written_together(
     scheme = own.quantized[name].scheme
     assert scheme is not None
     kept = read(own, name, torch.bfloat16, own=scheme)
+    values = cut.of(checkpoints.loaded(directories["packed"]).view(name))
+    torch.testing.assert_close(kept.float(), values, rtol=1 / 128, atol=2e-3)
+
+
+@pytest.mark.skipif(not build.is_possible(), reason="no compiler, or another kind of machine")
+def test_behind_a_range_that_ended_within_a_block_rows_are_written_as_they_come(
+    directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, written = "model.layers.0.mlp.gate_proj.weight", list[int]()
+    write = Weights.write
+
+    def counted(weights: Weights, name: str, part: QuantizedRows, *place: Any) -> None:
+        written.append(len(part.numbers))
+        write(weights, name, part, *place)
+
+    monkeypatch.setattr(Weights, "write", counted)
+    monkeypatch.setattr(reading.read_quantized, "__defaults__", (BLOCK_COLUMNS * 64, no_pause))  # a block at once
+    cut = Cut((96, 64), 0, ((8, 24), (32, 64)))
+    own = own_parts(checkpoint_of(directories["packed"]), {name: cut})
+    scheme = own.quantized[name].scheme
+    assert scheme is not None
+    kept = read(own, name, torch.bfloat16, own=scheme)
+    assert written == [*[BLOCK_COLUMNS] * 4, BLOCK_COLUMNS + 8]
     values = cut.of(checkpoints.loaded(directories["packed"]).view(name))
     torch.testing.assert_close(kept.float(), values, rtol=1 / 128, atol=2e-3)
 
