@@ -141,6 +141,7 @@ class FakeWorker:
         self._memory = array("i", [UNSEEN]) * ((page_count + 1) * page_size)
         self._sampled: dict[int, int] = {}  # slot → token sampled last
         self._launched: list[Slice] = []
+        self.jumps = False  # as a worker that takes the tokens at once which a grammar forces
         self.recurrent = False  # as a model that goes on from a state of its own, by slot
         self._states: dict[int, array[int]] = {}  # slot → the tokens that its state has seen
         self._snapshots: dict[int, array[int]] = {}
@@ -249,6 +250,17 @@ class FakeWorker:
             tokens.append(token)
             if token != draft:
                 break
+        return tokens + self._forced(part, len(tokens)) if self.jumps else tokens
+
+    def _forced(self, part: Slice, drawn: int) -> list[int]:
+        """What a grammar forces behind the tokens that were drawn."""
+        grammar, tokens = part.sequence.grammar, list[int]()
+        first = part.end - part.sequence.prompt_len + drawn
+        while isinstance(grammar, FakeGrammar) and first + len(tokens) < grammar.length:
+            token = grammar.forced_token(first + len(tokens))
+            if token is None:
+                break
+            tokens.append(token)
         return tokens
 
     def _cell(self, sequence: Sequence, position: int) -> int:

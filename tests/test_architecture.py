@@ -56,6 +56,8 @@ ABOUT_SEVERAL_MODULES = {
     "tests/unit/scheduler_service/execution/test_constrained_drafts.py",
     "tests/unit/scheduler_service/execution/test_constrained_draws.py",
     "tests/unit/scheduler_service/core/test_planner_random.py",  # the whole core, on random requests
+    "tests/unit/scheduler_service/core/test_forced_tokens.py",  # plans and what comes of them
+    "tests/unit/scheduler_service/execution/test_forced_tokens.py",
     "tests/unit/scheduler_service/execution/test_thinking_budget.py",  # budgets, drafts, overlap, retractions
     "tests/unit/scheduler_service/core/test_speculation.py",
     "tests/unit/scheduler_service/grammar/test_thoughts.py",

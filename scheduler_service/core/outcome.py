@@ -20,15 +20,22 @@ def store_extras(part: Slice, result: Result) -> None:
         sequence.routed.add(part.start, part.end, result.routed_experts)
 
 
-def accept_draft(part: Slice, result: Result, stats: Stats) -> Finish | None:
-    """Append the tokens of a verified draft, up to one that ends the request; tokens after it leave the result."""
-    sequence, tokens, finish = part.sequence, result.tokens or [], None
-    count, correct = 0, len(tokens) - 1
+def append_tokens(sequence: Sequence, result: Result) -> Finish | None:
+    """Append the tokens of a result, up to one that ends the request; tokens after it leave the result."""
+    tokens, finish, count = result.tokens or [], None, 0
     while count < len(tokens) and finish is None:
         sequence.ids.append(tokens[count])
         count += 1
         finish = rules.finish_after_last(sequence, result.complete and count == len(tokens))
     result.tokens, result.logprobs = tokens[:count], result.logprobs and result.logprobs[:count]
+    return finish
+
+
+def accept_draft(part: Slice, result: Result, stats: Stats) -> Finish | None:
+    """Append the tokens of a verified draft: see `append_tokens`."""
+    sequence, correct = part.sequence, len(result.tokens or ()) - 1
+    finish = append_tokens(sequence, result)
+    count = len(result.tokens or ())
     sequence.computed = part.start + count  # the KV after it is that of wrong tokens
     stats.proposed_drafts += len(part.drafts)
     stats.correct_drafts += count - 1

@@ -12,7 +12,8 @@ from quartet.scheduler_service.core.request import Sequence
 class Slice:
     """One sequence's share of a step: compute the positions [start, end).
 
-    A decode row has end == start + 1. `samples`: the step samples the token of position `end`. Where an input token
+    A decode row has end == start + 1, or more where a grammar has forced tokens. `samples`: the step samples the token
+    of position `end`. Where an input token
     is not in `sequence.ids` yet (overlap), the worker takes the one it sampled last for that slot.
     `score_from`: first prompt position in (start, end] whose logprob is requested, or -1.
     `restores`: the snapshot with whose recurrent state the slice begins, or -1; `saves`: (position, snapshot) in order,
@@ -32,7 +33,7 @@ class Slice:
 
 @dataclass(slots=True)
 class Plan:
-    """One step: decode rows, then those that verify drafts, then prefill chunks.
+    """One step: decode rows of one token, then those of several, then prefill chunks.
 
     Every position named has its page in `sequence.pages`.
     """
@@ -40,7 +41,7 @@ class Plan:
     slices: list[Slice] = field(default_factory=list)
     retracted: list[Sequence] = field(default_factory=list)  # sent back to the queue by this decision
     decodes: int = 0  # how many of the slices, the first ones, are decode rows
-    verifications: int = 0  # how many after those verify drafts
+    verifications: int = 0  # how many after those have several tokens: forced by a grammar, or drafts to be verified
     cached_tokens: int = 0  # found in the prefix tree by the sequences that this step admits
     usage: float = 0.0  # share of the KV pool held by live requests before this step
     weight_version: str = ""  # of the weights it runs on; set at launch
@@ -62,7 +63,7 @@ NAN_HAPPENED = "NaN happened"  # Result.error of a slice whose logits are not nu
 class Result:
     """What one slice produced. `tokens` is None when the slice did not sample."""
 
-    tokens: list[int] | None = None  # one, and one more for each draft that was right
+    tokens: list[int] | None = None  # one, one more for each draft that was right, and those that a grammar forces
     logprobs: list[Logprobs] | None = None  # one position for each of `tokens`
     input_logprobs: Logprobs | None = None  # of the scored prompt positions of this slice
     vector: bytes = b""  # embed requests, on their last slice: float32

@@ -144,30 +144,32 @@ class Planner:
         return plan if plan.slices else None
 
     def _plan_decodes(self, plan: Plan) -> int:
-        """One token for each sequence that can have a page for it, more with a draft; returns how many tokens."""
+        """One token for each sequence that can have a page for it, more where some are forced or drafted: how many."""
         rows = [s for s in self.running if s.needs_decode]
-        page_size = self.config.page_size
-        growing = [s for s in rows if s.computed >= len(s.pages) * page_size]
+        growing = [s for s in rows if s.computed >= len(s.pages) * self.config.page_size]
         if len(growing) > self.pool.available:
             rows, growing = self._retract_for_growth(plan, rows, growing)
         self.pool.grow(growing)
         if rows:
             self.growth.decay()
-        drafted = self._drafts(rows, self.config.drafts.max_step_tokens - len(rows)) if self.config.drafts else {}
-        slices = plan.slices
-        for sequence in [s for s in rows if s not in drafted] if drafted else rows:
+        several: dict[Sequence, tuple[int, ...]] = {s: () for s in rows if len(s.ids) > s.computed + 1}
+        if self.config.drafts:
+            several |= self._drafts(rows, self.config.drafts.max_step_tokens - len(rows))
+        slices, tokens = plan.slices, len(rows) - len(several)
+        for sequence in [s for s in rows if s not in several] if several else rows:
             start = sequence.computed
             sequence.computed = start + 1
             sequence.in_flight += 1
             saves = self.pool.reserve_snapshots(sequence, start, start + 1) if self.config.snapshots else ()
             slices.append(Slice(sequence, start, start + 1, True, saves=saves))
-        plan.decodes, plan.verifications = len(slices), len(drafted)
-        for sequence, draft in drafted.items():
-            start = sequence.computed
-            sequence.computed = start + 1 + len(draft)
+        plan.decodes, plan.verifications = len(slices), len(several)
+        for sequence, draft in several.items():
+            start, end = sequence.computed, self.pool.extend(sequence, len(sequence.ids), len(self.running))
+            sequence.computed = end + len(draft)
             sequence.in_flight += 1
-            slices.append(Slice(sequence, start, sequence.computed, True, drafts=draft))
-        return len(rows) + sum(map(len, drafted.values()))
+            slices.append(Slice(sequence, start, sequence.computed, end == len(sequence.ids), drafts=draft))
+            tokens += sequence.computed - start
+        return tokens
 
     def _drafts(self, rows: list[Sequence], budget: int) -> dict[Sequence, tuple[int, ...]]:
         """The drafts that this step verifies. They take no page that a running request may need for its next token."""
@@ -325,13 +327,12 @@ class Planner:
         if part.end <= sequence.prefill_end:
             self.pool.cache(sequence, part.end)
         if result.tokens is None:
-            prompt_done = part.end >= sequence.prefill_end  # and no output is requested: scoring or an embedding
+            prompt_done = part.end >= sequence.prefill_end and not sequence.limit  # scoring, or an embedding
             return self._mark_finished(sequence, Finish(reason="length", length=0), result) if prompt_done else None
         if part.drafts:
             finish = outcome.accept_draft(part, result, self.stats)
         else:
-            sequence.ids.append(result.tokens[0])
-            finish = rules.finish_after_last(sequence, result.complete)
+            finish = outcome.append_tokens(sequence, result)
         self.stats.generation_tokens += len(result.tokens)
         update = self._mark_finished(sequence, finish, result) if finish else outcome.update_of(sequence, result)
         if self.config.drafts and part.start >= sequence.prefill_end:

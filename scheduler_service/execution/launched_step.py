@@ -20,6 +20,7 @@ from quartet.scheduler_service.sampling.rows import Row
 
 TOO_COSTLY = "The output cannot be constrained any further: {}"
 NOTHING_ALLOWED = "No token is left that both the grammar and the other parameters allow."
+AT_ONCE = 16  # rows that matrix products on a CPU take together: with fewer, one more costs next to nothing
 
 
 @dataclass(slots=True)
@@ -31,6 +32,7 @@ class State:
     last_token: int = 0  # sampled, perhaps not committed yet
     unseen: int = 0  # tokens sampled after that one which the host has not seen
     matcher: Matcher | None = None  # its state in the grammar
+    jumps: bool = False  # tokens that the grammar forces are not drawn
 
     @property
     def needs_tokens_on_host(self) -> bool:
@@ -45,6 +47,19 @@ class State:
             return False
         self.matcher.accept(token)
         return self.matcher.finished
+
+    def take_forced(self, result: Result, most: int) -> int:
+        """Take the tokens that the grammar forces behind those of the result, and add them there; returns how many.
+
+        Each is the only one that the mask would have allowed.
+        """
+        assert self.matcher is not None and result.tokens is not None
+        count = 0
+        while count < most and not result.complete and (token := self.matcher.forced()) is not None:
+            result.complete = self.take(token)
+            result.tokens.append(token)
+            count += 1
+        return count
 
     def fault(self, valid: bool) -> tuple[str, Kind] | None:
         """Why the drawn token cannot be used; None if it can. `valid`: the largest logit was finite."""
@@ -87,7 +102,7 @@ class LaunchedStep:
             return
         drawn.arrival.wait()
         tokens, valid, logprobs = drawn.tokens.tolist(), drawn.valid.tolist(), drawn.logprobs.by_row()
-        row = 0
+        row, spare = 0, -len(drawn.slices) % AT_ONCE  # what the next step computes besides a row of each
         for i, share, state in zip(drawn.sampled, drawn.slices, drawn.states, strict=True):
             first, result, drafts = row, self.results[i], share.drafts
             row += 1 + len(drafts)
@@ -102,5 +117,7 @@ class LaunchedStep:
                 count += 1
             result.tokens = tokens[first : first + count]
             result.logprobs = [scores for scores in logprobs[first : first + count] if scores]
-            if drafts:
+            if state.jumps and spare:
+                spare -= state.take_forced(result, spare)
+            if drafts or count < len(result.tokens):
                 self.verified[share.sequence.slot] = state.last_token

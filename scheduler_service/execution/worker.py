@@ -21,7 +21,7 @@ import torch
 from quartet.kernels.ops import Implementation
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.messages import Facts, Logprobs
+from quartet.runtime.messages import Facts, Logprobs, Request
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.process import stopwatch
 from quartet.runtime.process.memory import GB
@@ -29,6 +29,7 @@ from quartet.scheduler_service.core.plan import Plan, Result, Slice
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.adapters import NOT_ON_THIS_MODEL, AdapterStore, CpuAdapters, adapter_store
 from quartet.scheduler_service.execution.compile_ahead import start_compiling
+from quartet.scheduler_service.execution.constraints import Constraints, matcher_of
 from quartet.scheduler_service.execution.device_adapters import DeviceAdapters, adapter_pool
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.eager_steps import Attention, EagerSteps, choose_attention
@@ -45,7 +46,6 @@ from quartet.scheduler_service.execution.state_cache import make_state_cache, sn
 from quartet.scheduler_service.execution.steps import Computed, Step, Steps
 from quartet.scheduler_service.execution.verification import LogitRows, logit_rows
 from quartet.scheduler_service.grammar.masks import Begun, Masks
-from quartet.scheduler_service.grammar.matchers import Bitmask, Grammar, Matcher
 from quartet.scheduler_service.host.device import available_gb, limit_threads
 from quartet.scheduler_service.host.transfer import Arrival, fetch, send, upload
 from quartet.scheduler_service.model.adapter_pool import AdapterPool
@@ -81,8 +81,7 @@ class Worker:
         `implementation`: run on the fused operations of kernels/ops.py; without one, on a GPU if --attention-backend
         says so. `followers`: the other ranks of tensor parallel.
         """
-        self.info = info
-        self.weight_version = config.weight_version
+        self.info, self.weight_version = info, config.weight_version
         self.device = torch.device(config.device)
         free_gb, running = available_gb(self.device), config.max_running_requests
         kernels = start_compiling(config, info, self.device, running, implementation)
@@ -117,13 +116,14 @@ class Worker:
             self.max_running_requests = min(self.max_running_requests, self.state_cache.slots)
         self.snapshots = snapshot_options(self.state_cache, self.page_size)
         self.depth = int(self.can_overlap(config)) if depth is None else depth
+        self.can_jump = not self.depth and config.speculation is None and self.state_cache is None
         self.states: dict[Sequence, State] = {}
         self.unfinished: list[LaunchedStep] = []  # in the order of their launch
         self.tokens = SlotTokens(self.max_running_requests, self.device)
         if kernels is not None:
             kernels.result()
         self.steps = self.make_steps(config, attention, implementation, followers)
-        self.masks = Masks(self.model.vocab_size)
+        self.constraints = Constraints(Masks(self.model.vocab_size))
         self.expert_shape = expert_shape(config, self.model)
         self.expert_recorder = make_recorder(config, self.expert_shape)
         self.log_limits(config)
@@ -228,8 +228,9 @@ class Worker:
         """The state of a sequence, made when it is seen for the first time, or again after a retraction."""
         state = self.states.get(sequence)
         if state is None:
-            row = make_row(sequence, self.info.eos_ids)
-            state = self.states[sequence] = State(row, PageRuns(), matcher=matcher_of(sequence))
+            row, matcher = make_row(sequence, self.info.eos_ids), matcher_of(sequence)
+            jumps = self.can_jump and matcher is not None and wants_output_only(sequence.request)
+            state = self.states[sequence] = State(row, PageRuns(), matcher=matcher, jumps=jumps)
         return state
 
     def forget(self, sequence: Sequence) -> None:
@@ -252,7 +253,7 @@ class Worker:
         for sequence in plan.retracted:
             self.forget(sequence)
         step = self.describe(plan)
-        masks = None if self.behind(step) else self.start_masks(step)
+        masks = None if self.behind(step) else self.constraints.start(step)
         computed = self.steps.run(step)
         launched = LaunchedStep([Result() for _ in plan.slices])
         self.fill_results(step, computed, launched.results)
@@ -336,25 +337,6 @@ class Worker:
         """Whether tokens of the last step, which the grammars of this one have to know, are still on the device."""
         return any(state.unseen and state.matcher is not None for state in step.states)
 
-    def start_masks(self, step: Step) -> Begun | None:
-        """Begin the masks of the rows that are drawn from; None where no grammar constrains any."""
-        slices = step.plan.slices
-        return self.masks.start([(step.states[i].matcher, slices[i].drafts) for i in step.drawing.sampled])
-
-    def finish_masks(self, step: Step, masks: Begun | None) -> Bitmask | None:
-        """Wait for the masks. Where looking at drafts was too much for a matcher, there is a new one without drafts."""
-        if masks is None:
-            return None
-        bitmask, row = masks.result(), 0
-        for i in step.drawing.sampled if step.plan.verifications else ():
-            share, state = step.plan.slices[i], step.states[i]
-            if share.drafts and state.matcher is not None and state.matcher.failed:
-                state.matcher = matcher = matcher_of(share.sequence)
-                assert matcher is not None, share.sequence.rid
-                self.masks.refill(bitmask, row, matcher)
-            row += 1 + len(share.drafts)
-        return bitmask
-
     def draw(self, step: Step, computed: Computed, masks: Begun | None = None) -> Drawn:
         """Draw the tokens of a step, unless the step did it itself, and compute their logprobs.
 
@@ -367,7 +349,7 @@ class Worker:
         options = [plan.slices[i].sequence.request.logprobs for i in drawing.slices]
         if draws is None:
             self.finish_steps_for(states)
-            bitmask = self.finish_masks(step, self.start_masks(step) if masks is None else masks)
+            bitmask = self.constraints.finish(step, self.constraints.start(step) if masks is None else masks)
             allowed = None if bitmask is None else send(torch.from_numpy(bitmask), self.device)
             adjust_single_tokens(logits, [state.row for state in states], drawing.positions)
             draws = self.steps.sample(logits, rows, allowed, keep_logits=any(options))
@@ -387,7 +369,6 @@ class Worker:
         self.tokens.write([share.sequence.slot for share in slices], tokens)
 
 
-def matcher_of(sequence: Sequence) -> Matcher | None:
-    """The matcher behind what the sequence has generated, where a grammar constrains it."""
-    grammar = sequence.grammar
-    return grammar.matcher(sequence.ids[sequence.prompt_len :]) if isinstance(grammar, Grammar) else None
+def wants_output_only(request: Request) -> bool:
+    """Whether nothing is to be told of a token but the token itself."""
+    return request.logprobs is None and not request.return_hidden_states and not request.return_routed_experts

@@ -1,9 +1,9 @@
 """Which tokens the grammars of a step allow.
 
-The masks are begun before the forward pass and computed at the same time, in a thread that needs no interpreter while
-it does so; the draw finds them ready. Few rows of a small vocabulary take less time than handing them to a thread, and
-are computed at once. Where the last step's tokens are still on a device, the masks are begun once those are here, and
-the device computes meanwhile.
+Masks that take long are begun before the forward pass and computed at the same time, in a thread that needs no
+interpreter while it does so; the draw finds them ready. Others are computed at once: a thread takes turns with the one
+that prepares the step, and on a few cores it takes from the forward pass more than it saves. Where the last step's
+tokens are still on a device, the masks are begun once those are here, and the device computes meanwhile.
 """
 
 import os
@@ -26,7 +26,7 @@ from quartet.scheduler_service.grammar.matchers import (
 ALL_ALLOWED = -1  # 32 set bits
 NONE_ALLOWED = 0
 THREADS = 2
-THREAD_FROM_S = 0.0003  # of work; less is not worth the two threads' waiting for the interpreter
+THREAD_FROM_S = 0.001  # of work; less is not worth what the two threads take from each other
 LAST_WEIGHT = 0.25  # of the last step in the moving average of the time for a row
 
 

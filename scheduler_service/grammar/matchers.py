@@ -73,6 +73,11 @@ class Matcher:
         """Take a sampled token; False when the grammar does not allow it."""
         return bool(self.engine.consume_token(token))
 
+    def forced(self) -> int | None:
+        """The only token that the mask allows next, as the grammar leaves one text; None where nothing is forced."""
+        tokens = self.engine.compute_ff_tokens()
+        return tokens[0] if tokens else None
+
 
 class Guide:
     """What a grammar says of the next tokens: see quartet.scheduler_service.core.drafts.Guide.

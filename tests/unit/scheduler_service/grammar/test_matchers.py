@@ -193,6 +193,56 @@ def test_what_a_required_tool_choice_makes_a_model_write_is_read_back_as_calls(t
             jsonschema.validate(json.loads(call.arguments), parameters)
 
 
+def walked(tools, kind, source, seed):
+    """The states of a random walk through a grammar, each with the tokens that its mask allows."""
+    rng = random.Random(seed)
+    matcher = tools.compiler.compile(kind, source).matcher()
+    while not matcher.finished and rng.random() < 0.98:
+        allowed = tools.allowed(matcher)
+        yield matcher, allowed
+        hurry = sorted(allowed & tools.closing) if rng.random() < 0.4 else []
+        assert matcher.accept(rng.choice(hurry or sorted(allowed)))
+
+
+GRAMMARS = [
+    *(("json_schema", json.dumps(random_schema(random.Random(seed)))) for seed in range(40)),
+    ("json_schema", '{"type": "object"}'),
+    ("regex", r"(The quick brown fox [a-c]{2}; ){3}end"),
+    ("regex", r"(.|\n)*"),
+    ("regex", r"[^x]{2,5}x|(é|日)+"),
+    ("ebnf", 'root ::= "London" | "Londonderry is " root | [a-z]{2,4} "fox"?'),
+    (
+        "structural_tag",
+        json.dumps(
+            {
+                "structures": [{"begin": "<tool_call>f", "schema": {"type": "integer"}, "end": "}"}],
+                "type": "structural_tag",
+                "triggers": ["<tool_call>"],
+            }
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("number", range(len(GRAMMARS)))
+def test_a_mask_leaves_a_token_alone_where_the_grammar_forces_it(number, tools):
+    for matcher, allowed in walked(tools, *GRAMMARS[number], seed=number):
+        forced = matcher.forced()
+        assert forced is None or allowed == {forced}
+        assert not matcher.failed and tools.allowed(matcher) == allowed  # asking changes nothing
+
+
+def test_tokens_are_forced_one_by_one_as_the_mask_allows_them(tools):
+    matcher = tools.compiler.compile("regex", "The quick brown fox [a-c]").matcher()
+    ids = []
+    while (token := matcher.forced()) is not None:
+        assert tools.allowed(matcher) == {token}
+        assert matcher.accept(token)
+        ids.append(token)
+    assert len(ids) > 3 and tools.text(ids) == "The quick brown fox "[: len(tools.text(ids))]
+    assert len(tools.allowed(matcher)) > 1
+
+
 CITIES = """
 # the answer
 root ::= city | description

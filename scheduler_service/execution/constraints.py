@@ -1,0 +1,39 @@
+"""The grammars of a step: the masks of its rows."""
+
+from typing import NamedTuple
+
+from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.execution.steps import Step
+from quartet.scheduler_service.grammar.masks import Begun, Masks
+from quartet.scheduler_service.grammar.matchers import Bitmask, Grammar, Matcher
+
+
+class Constraints(NamedTuple):
+    """Applies the grammars of steps to their draws."""
+
+    masks: Masks
+
+    def start(self, step: Step) -> Begun | None:
+        """Begin the masks of the rows that are drawn from; None where none is needed."""
+        sampled = [(step.states[i], step.plan.slices[i].drafts) for i in step.drawing.sampled]
+        return self.masks.start([(state.matcher, drafts) for state, drafts in sampled])
+
+    def finish(self, step: Step, masks: Begun | None) -> Bitmask | None:
+        """Wait for the masks. Where looking at drafts was too much for a matcher, there is a new one without drafts."""
+        if masks is None:
+            return None
+        bitmask, row = masks.result(), 0
+        for i in step.drawing.sampled if step.plan.verifications else ():
+            share, state = step.plan.slices[i], step.states[i]
+            if share.drafts and state.matcher is not None and state.matcher.failed:
+                state.matcher = matcher = matcher_of(share.sequence)
+                assert matcher is not None, share.sequence.rid
+                self.masks.refill(bitmask, row, matcher)
+            row += 1 + len(share.drafts)
+        return bitmask
+
+
+def matcher_of(sequence: Sequence) -> Matcher | None:
+    """The matcher behind what the sequence has generated, where a grammar constrains it."""
+    grammar = sequence.grammar
+    return grammar.matcher(sequence.ids[sequence.prompt_len :]) if isinstance(grammar, Grammar) else None
