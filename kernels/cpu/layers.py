@@ -8,6 +8,7 @@ several residual streams.
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -200,6 +201,17 @@ class Layers:
         sizes = {0 if layer.own_input is None else len(layer.own_input.gate.weight) for layer in layers}
         assert len(sizes) == 1, f"inputs of one size, not {sizes}"
         self.input_size = sizes.pop()  # 0: layers have no inputs of their own
+        heads = max(layer.heads * layer.head_dim for layer in layers)
+        self.widths = [  # of the memory between the kernels, in the order of `Step`
+            max(len(layer.qkv.weight) for layer in layers),
+            heads,
+            heads,
+            max(layer.widest_inner for layer in layers),
+            self.hidden,
+            max(layer.widest_gates for layer in layers),
+            self.streams * self.hidden,
+            self.hidden if self.streams else 0,
+        ]
         self.addresses: list[int] = []  # that are in `structures`
         self.pool_tokens = 0
         run = kernels.functions.quartet_layers
@@ -264,14 +276,11 @@ class Layers:
     ) -> None:
         """Run the layers as `structures` describes them."""
         rows, pointers = len(residual), ctypes.c_void_p * len(rotations)
-        heads = max(layer.heads * layer.head_dim for layer in self.layers)
-        widest_qkv = max(len(layer.qkv.weight) for layer in self.layers)
-        widest_inner = max(layer.widest_inner for layer in self.layers)
-        widths = [widest_qkv, heads, heads, widest_inner, self.hidden, max(layer.widest_gates for layer in self.layers)]
-        widths += [self.streams * self.hidden, self.hidden if self.streams else 0]
-        memory = [residual.new_empty(native.padded(rows, native.ROWS_OF_TILES), width) for width in widths]
+        size = native.padded(rows, native.ROWS_OF_TILES)  # so all parts begin at cache lines
+        memory = residual.new_empty(size * sum(self.widths))
+        ends = accumulate(self.widths, initial=0)
+        *scratch, wide, predicted, beside, _ = (memory.data_ptr() + size * end * memory.itemsize for end in ends)
         said = residual.new_empty(rows, self.streams, dtype=torch.float32)
-        *scratch, wide, predicted, beside = (part.data_ptr() for part in memory)
         step = Step(
             rows,
             residual.data_ptr(),

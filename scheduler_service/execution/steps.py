@@ -96,8 +96,10 @@ class Steps(ABC):
         if computed.logits is not None:
             return computed.logits
         assert computed.inputs is not None and computed.hidden is not None
-        places = upload(step.drawing.places(step.plan, computed.inputs.offsets), self.device)
-        return self.to_logits(computed.hidden[places], self.room_for_logits(len(places)))
+        places, hidden = step.drawing.places(step.plan, computed.inputs.offsets), computed.hidden
+        if places != list(range(len(hidden))):  # as in most decode steps
+            hidden = hidden[upload(places, self.device)]
+        return self.to_logits(hidden, self.room_for_logits(len(places)))
 
     def to_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """(rows, hidden) → float32 (rows, vocab), into `out` if there is one."""

@@ -21,9 +21,11 @@ from quartet.kernels.cpu.layer_parts import OwnInput, OwnStreams
 from quartet.kernels.cpu.layers import Layer, Layers, Mlp
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native import library as native
+from quartet.kernels.cpu.norm import can_norm, normed
 from quartet.scheduler_service.model import layers as model_layers
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import Attend, PagedAttend, PagedContext
+from quartet.scheduler_service.model.kept_rotations import KeptRotations
 from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
 from quartet.scheduler_service.model.projections import arranged
 from quartet.scheduler_service.model.spec import RopeSpec
@@ -40,6 +42,7 @@ class CpuBackend:
         self.deterministic = deterministic
         self.torch = TorchBackend(ropes, torch.bfloat16, torch.device("cpu"), deterministic)
         self.rotary_dims = [2 * len(rope.frequencies) for rope in ropes]
+        self.kept_rotations = KeptRotations(self.torch.rotations)
         self.together: Layers | None = None  # the layers of a model, if they can be computed in one call
         self.looked_at: list[DecoderLayer] | None = None  # those layers
         self.experts: dict[
@@ -77,10 +80,15 @@ class CpuBackend:
         self.torch.watch_rows(on_rows)
 
     def rotations(self, positions: torch.Tensor) -> list[Rotation]:
-        return self.torch.rotations(positions)
+        """As the protocol has it."""
+        return self.kept_rotations.at(int(positions)) if len(positions) == 1 else self.torch.rotations(positions)
 
     def normed(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-        return self.torch.normed(x, norm)
+        """As TorchBackend, by our own kernel where it knows the norm: torch's takes a step of one row 0.5 ms longer."""
+        kernels = native.at_hand()
+        if kernels is None or norm is None or norm.centred or norm.ranks is not None or not can_norm(x):
+            return self.torch.normed(x, norm)
+        return normed(kernels, x, cast(native.NormWeight, norm_weight(norm)))
 
     def attend(
         self,

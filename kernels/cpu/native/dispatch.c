@@ -78,6 +78,8 @@ int quartet_add_float(const struct kernels *kernels, const struct adding *a) {
 
 void quartet_rotate(const struct kernels *kernels, const struct rotation *r) { kernels->rotate(r); }
 
+void quartet_norm(const struct kernels *kernels, const struct rows *rows) { kernels->norm(rows); }
+
 void quartet_add_normed(const struct kernels *kernels, const struct rows *rows) { kernels->add_normed(rows); }
 
 void quartet_gate_rows(const struct kernels *kernels, const struct gating *g) { kernels->gate_rows(g); }

@@ -14,60 +14,16 @@
  */
 #pragma once
 
-#include "adapters.h"
-#include "api.h"
-#include "ends.h"
-#include "quantized.h"
-#include "integers.h"
+#include "plan.h"
 #include "pool.h"
-#include "sums.h"
-#include "vector.h"
 
 #define ROW_BLOCK 640  /* room for 512 tokens of prompts and the decode rows of their step */
 #define DEPTH_BLOCK 1024 /* longer k is cut into pieces: of a step where x is in tiles */
 #define STEP_BLOCK 256 /* of k: so much of a panel stays in the first cache while many rows pass */
 #define FEW_STEP_BLOCK 512 /* the same, of an expanded panel and fewer rows than two times MANY_ROWS */
-#define MANY_ROWS 64   /* with fewer rows all of k fits, and the weight comes as fast as memory gives it */
 #define CHUNK_PANELS 8 /* most panels that a thread takes at once */
+#define FEW_TURNS 8    /* least that a thread has where the threads take several panels of few rows at once */
 #define CHUNK_OF_PIECES 16 /* where k is cut into pieces: a chunk reads all of x, from beyond the second cache */
-#define MOST_ROWS 32   /* of a tile of sums */
-#define MOST_COLUMNS 64
-
-struct plan {
-    const struct product *p;
-    int tiled;            /* x is packed in AMX tiles */
-    int integers;         /* x is packed as int8 */
-    int grid_rows;        /* rows of a tile of sums */
-    int blocks;           /* blocks of 16 columns of a tile of sums */
-    int64_t depth;        /* k, padded */
-    int64_t columns;      /* blocks of 16 columns in a row of the result (before the gate: in one half) */
-    int64_t panels;       /* tiles of sums side by side */
-    int64_t padded_rows;  /* of a block of rows */
-    int64_t piece;        /* of k: numbers that are summed before the next panel's turn */
-    int64_t step;         /* of a piece: numbers that are summed before the next rows' turn */
-    factor *x;            /* the rows of one block, normed; tiles of bfloat16 if `tiled` */
-    struct integer_rows rows; /* instead, if `integers` */
-    struct added added;       /* by adapters */
-    const struct plan *plain; /* prepares the rows for adapters where they are integers; or null */
-};
-
-INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
-/* The block of the weight that is number `place` in a panel. Behind the end: the last one, whose sums nobody reads. */
-INLINE int64_t block_of(const struct plan *plan, int64_t panel, int place) {
-    int gated = plan->p->output == OUTPUT_GATED;
-    int width = gated ? plan->blocks / 2 : plan->blocks;
-    int64_t column = panel * width + place % width;
-    if (column >= plan->columns)
-        column = plan->columns - 1;
-    if (gated && place >= width)
-        column += plan->columns;
-    return column;
-}
-
-INLINE const bf16 *packed_block(const struct plan *plan, int64_t block, int64_t from) {
-    return plan->p->packed + block * plan->depth * LANES + from * LANES;
-}
 
 /* Some rows of a block through a panel; `next` is the panel that the thread reads after it, in the same piece of k. */
 INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, const bf16 *const *next, int64_t row,
@@ -105,88 +61,6 @@ INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, co
     for (int place = 0; place < plan->blocks; place += GRID_BLOCKS)
         multiply_few(GRID_ROWS, GRID_BLOCKS, x, plan->depth, weight + place, 0, depth, sums + place * LANES, stride);
 #endif
-}
-
-/* ---- rows on their way in ---- */
-
-/* Row `row` of the block: normed, padded with zeros, in the form that the inner loops read. */
-INLINE void prepare_row(const struct plan *plan, int64_t first, int64_t row) {
-    const struct product *p = plan->p;
-    int64_t depth = plan->depth;
-    int there = first + row < p->rows;
-    const bf16 *x = there ? p->x + (first + row) * p->x_stride : 0;
-    float scale = there && p->norm ? row_scale(x, p->k, p->epsilon) : 1.0f;
-    for (int64_t at = 0; at < depth; at += LANES) {
-        bf16 numbers[LANES] = {0};
-        if (there)
-            load_normed(p, x, scale, at, numbers);
-        if (plan->integers) {
-            bf16 second[LANES] = {0};
-            if (there)
-                load_normed(p, x, scale, at + LANES, second);
-            store_integers(&plan->rows, row, at / TILE_DEPTH, vec_load_bf16(numbers), vec_load_bf16(second));
-            at += LANES;
-            continue;
-        }
-        if (plan->tiled) {
-            bf16 *tile = (bf16 *)plan->x + row / 16 * 16 * depth + at / TILE_DEPTH * 16 * TILE_DEPTH;
-            memcpy(tile + row % 16 * TILE_DEPTH + at % TILE_DEPTH, numbers, sizeof numbers);
-        } else {
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-            memcpy(plan->x + row * depth + at, numbers, sizeof numbers);
-#else
-            vec_store(plan->x + row * depth + at, vec_load_bf16(numbers));
-#endif
-        }
-    }
-}
-
-/* ---- sums on their way out ---- */
-
-/* 16 columns of a gated result to the tiles that the next product reads; `first`: a multiple of 16. */
-INLINE void write_to_tiles(const struct product *p, int64_t column, int64_t first, int64_t rows, const float *sums,
-                           int64_t stride, int64_t up) {
-    int64_t columns = p->n / 2;
-    for (; rows > 0; first += 16, rows -= 16, sums += 16 * stride) {
-        bf16 *tile = (bf16 *)p->out + first * columns + column / TILE_DEPTH * 16 * TILE_DEPTH;
-        char *out = (char *)(tile + column % TILE_DEPTH);
-        write_columns(p, OUTPUT_GATED, p->bias != 0, column, rows < 16 ? rows : 16, LANES, out, TILE_DEPTH, sums, stride,
-                      up);
-    }
-}
-
-static void write_tile(const struct plan *plan, int64_t panel, int64_t first, int64_t rows, const float *sums,
-                       int64_t stride) {
-    const struct product *p = plan->p;
-    int gated = p->output == OUTPUT_GATED, width = gated ? plan->blocks / 2 : plan->blocks;
-    int64_t half = gated ? p->n / 2 : p->n, up = width * LANES;
-    for (int place = 0; place < width; place++, sums += LANES) {
-        int64_t column = (panel * width + place) * LANES, left = half - column, to = p->out_stride;
-        if (left <= 0)
-            return;
-        if (p->out_tiles) {
-            write_to_tiles(p, column, first, rows, sums, stride, up);
-            continue;
-        }
-        char *out = (char *)p->out + (first * to + column) * (p->output == OUTPUT_FLOAT ? 4 : 2);
-        switch (p->output * 2 + (p->bias != 0)) {
-        case OUTPUT_BF16 * 2: write_columns(p, OUTPUT_BF16, 0, column, rows, left, out, to, sums, stride, up); break;
-        case OUTPUT_BF16 * 2 + 1: write_columns(p, OUTPUT_BF16, 1, column, rows, left, out, to, sums, stride, up); break;
-        case OUTPUT_ADD * 2: write_columns(p, OUTPUT_ADD, 0, column, rows, left, out, to, sums, stride, up); break;
-        case OUTPUT_GATED * 2: write_columns(p, OUTPUT_GATED, 0, column, rows, left, out, to, sums, stride, up); break;
-        default: write_columns(p, p->output, p->bias != 0, column, rows, left, out, to, sums, stride, up); break;
-        }
-    }
-}
-
-/* What adapters add to a panel's sums of rows from `row` of the block on. */
-INLINE void add_adapters(const struct plan *plan, int64_t panel, int64_t row, int64_t rows, float *sums,
-                         int64_t stride) {
-    int64_t blocks[FEW_BLOCKS], width = plan->p->output == OUTPUT_GATED ? plan->blocks / 2 : plan->blocks;
-    for (int place = 0; place < plan->blocks; place++)
-        blocks[place] = block_of(plan, panel, place);
-    int64_t ahead = plan->added.rows > MANY_ROWS ? 0 : width * plan->p->threads;
-    expand(&plan->added, blocks, plan->blocks, ahead, row, rows, sums, stride);
 }
 
 /* The panel that a thread most likely takes after `panel`, the last of whose chunk is the one before `end`. */
@@ -301,15 +175,14 @@ struct block {
 static void compute_block(void *argument, int thread, int threads) {
     struct block *block = argument;
     struct plan *plan = block->plan;
-    int64_t rows = plan->padded_rows;
 #if defined(__AMX_BF16__)
     unsigned state = _mm_getcsr();
     _mm_setcsr(state | 0x8040); /* as tiles do: numbers too small to be normal are zeros */
 #endif
-    for (int64_t row = rows * thread / threads; !plan->p->x_tiles && row < rows * (thread + 1) / threads; row++)
-        prepare_row(plan, block->first, row);
-    for (int64_t row = rows * thread / threads; plan->plain && row < rows * (thread + 1) / threads; row++)
-        prepare_row(plan->plain, block->first, row);
+    if (!plan->p->x_tiles)
+        prepare_rows(plan, block->first, block->rows, plan->padded_rows, thread, threads);
+    if (plan->plain)
+        prepare_rows(plan->plain, block->first, block->rows, plan->padded_rows, thread, threads);
     quartet_barrier(threads);
     if (plan->tiled)
         tiles_begin(block->rows);
@@ -353,6 +226,9 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
         int64_t most = threads * (deep && plan->tiled && many ? CHUNK_OF_PIECES : CHUNK_PANELS);
         int64_t turns = (plan->panels + most - 1) / most; /* of each thread */
         block.chunk = (plan->panels + threads * turns - 1) / (threads * turns);
+    } else if (plan->integers && plan->panels >= threads * FEW_TURNS) {
+        int64_t even = plan->panels / (threads * FEW_TURNS);
+        block.chunk = even < CHUNK_PANELS ? even : CHUNK_PANELS;
     }
     if (plan->tiled && (expands || many))
         plan->step = even_part(plan->piece, expands && rows <= 2 * MANY_ROWS ? FEW_STEP_BLOCK : STEP_BLOCK);

@@ -3,6 +3,7 @@
 #include "quantized.h"
 #include "pool.h"
 
+#define FEW_NUMBERS 16384  /* so many are read before a second thread is awake */
 #define TRIALS 16          /* scales that are tried for a group with an offset */
 #define SYMMETRIC_TRIALS 8 /* without one, with fewer than 8 bits */
 
@@ -313,9 +314,14 @@ static void read_rows(void *argument, int thread, int threads) {
         read_row(r, r->rows[index], r->out + index * r->k);
 }
 
-/* Some rows of a weight (n, k) as bfloat16 (count, k), the numbers that an exact product computes with. */
-void quartet_quantized_rows(const struct quantized *weight, int64_t k, int64_t count, const int64_t *rows, uint16_t *out,
-                          int32_t threads) {
+/* Some rows of a weight (n, k) as bfloat16 (count, k), the numbers that an exact product computes with; 0, or -1 where the
+ * weight does not have one of them. */
+int quartet_quantized_rows(const struct quantized *weight, int64_t n, int64_t k, int64_t count, const int64_t *rows,
+                           uint16_t *out, int32_t threads) {
+    for (int64_t index = 0; index < count; index++)
+        if (rows[index] < 0 || rows[index] >= n)
+            return -1;
     struct reading r = {.weight = *weight, .k = k, .units = (k + 31) / 32, .count = count, .rows = rows, .out = out};
-    quartet_run(read_rows, &r, threads);
+    quartet_run(read_rows, &r, count * k <= FEW_NUMBERS ? 1 : threads);
+    return 0;
 }

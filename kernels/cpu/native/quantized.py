@@ -197,14 +197,14 @@ class QuantizedWeight:
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows `ids` (count,) int64 as bfloat16 (count, columns)."""
         assert ids.dtype is torch.int64 and ids.is_contiguous(), ids.dtype
-        assert not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < self.rows), self.rows
         if self.source is not None:
             return self.source(ids)
         out = torch.empty(len(ids), self.columns, dtype=torch.bfloat16)
         argument = self.argument(exact=True)
-        functions().quartet_quantized_rows(
-            ctypes.byref(argument), self.columns, len(ids), ids.data_ptr(), out.data_ptr(), torch.get_num_threads()
-        )
+        shape, pointers = (self.rows, self.columns, len(ids)), (ids.data_ptr(), out.data_ptr())
+        read = functions().quartet_quantized_rows
+        failed = read(ctypes.byref(argument), *shape, *pointers, torch.get_num_threads())
+        assert not failed, f"rows below 0 or not below {self.rows}"
         return out
 
     def values(self, first: int, count: int) -> torch.Tensor:
@@ -278,7 +278,6 @@ def functions() -> ctypes.CDLL:
     if loaded.quartet_pack_quantized.argtypes is None:
         loaded.quartet_pack_quantized.argtypes = (*[pointer] * 3, size, size, small, small, pointer, pointer, small)
         loaded.quartet_quantize.argtypes = (pointer, *[size] * 3, *[small] * 3, *[pointer] * 3, small)
-        loaded.quartet_quantized_rows.argtypes = (pointer, size, size, pointer, pointer, small)
-        for function in (loaded.quartet_pack_quantized, loaded.quartet_quantize, loaded.quartet_quantized_rows):
-            function.restype = None
+        loaded.quartet_quantized_rows.argtypes = (pointer, *[size] * 3, pointer, pointer, small)
+        loaded.quartet_pack_quantized.restype = loaded.quartet_quantize.restype = None
     return loaded

@@ -25,6 +25,7 @@ from tests.unit.scheduler_service.execution.test_constrained_drafts import (
 from tests.unit.scheduler_service.execution.test_verification import same, with_drafts
 
 MIXED = [GREEDY, COOL, GREEDY]
+LONG_TEXT = "".join(chr(97 + i * i % 26) for i in range(150))
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,7 @@ def test_a_text_that_the_grammar_forces_takes_a_step_and_no_draw_for_each_of_its
 
 
 def test_a_long_forced_text_comes_in_several_steps(directory):
-    text = "".join(chr(97 + i * i % 26) for i in range(150))
-    params = msgspec.structs.replace(GREEDY, regex=text, max_new_tokens=300)
+    params = msgspec.structs.replace(GREEDY, regex=LONG_TEXT, max_new_tokens=300)
     engine, masked = Engine(directory, context_length=512), by_masks(directory, context_length=512)
     taken = answers(engine, params)
     same(taken, answers(masked, params))
@@ -74,7 +74,7 @@ def test_a_long_forced_text_comes_in_several_steps(directory):
 @pytest.mark.parametrize(("requests", "spare"), [(1, 15), (12, 4), (16, 0), (20, 12)])
 def test_forced_tokens_fill_the_rows_that_are_computed_at_once(directory, requests, spare):
     engine = Engine(directory, max_running_requests=32)
-    params = constrained(GREEDY, "forced", max_new_tokens=60)
+    params = msgspec.structs.replace(GREEDY, regex=LONG_TEXT, max_new_tokens=60)
     for i in range(requests):
         engine.add([5 + i, *PROMPTS[0]], params)
     engine.step()

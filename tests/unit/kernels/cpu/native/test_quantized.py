@@ -97,6 +97,28 @@ def test_a_product_of_few_rows_differs_by_no_more_than_the_rounding_of_its_rows(
         assert bool(((out.double() - x.double() @ values.T).abs() <= bound + 1e-5).all()), rows
 
 
+def test_rows_that_a_weight_does_not_have_are_refused():
+    weight = packed_weight(96, 64, random_numbers(96, 64, INT4))
+    for ids in ([0, 96], [-1], [5, 1 << 40]):
+        with pytest.raises(AssertionError, match="rows below 0 or not below 96"):
+            weight.read(torch.tensor(ids))
+
+
+@pytest.mark.parametrize("scheme", [INT8, INT4], ids=["int8", "int4"])
+def test_rows_have_the_same_bits_by_any_number_of_threads(kernels, scheme):
+    n, k = 1600, 200
+    weight = packed_weight(n, k, random_numbers(n, k, scheme)).argument(exact=False)
+    before = torch.get_num_threads()
+    for rows in (1, 2, 3, 8):
+        x, norm, outs = torch.randn(rows, k).bfloat16(), torch.rand(k).bfloat16(), []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            outs.append(torch.full((rows, n), torch.nan))
+            kernels.product(x, weight, n, None, outs[-1], "float", norm=(norm, 1e-6, 0.0))
+        torch.set_num_threads(before)
+        assert not outs[0].isnan().any() and all(torch.equal(out, outs[0]) for out in outs), rows
+
+
 def available() -> list[Library]:
     """The kernels of every instruction set that this machine has."""
     found = []

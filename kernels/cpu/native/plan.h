@@ -1,0 +1,145 @@
+/* How a product is computed, its rows on their way in, and its sums on their way out; linear.h does what is in between. */
+#pragma once
+
+#include "adapters.h"
+#include "api.h"
+#include "ends.h"
+#include "integers.h"
+#include "sums.h"
+#include "vector.h"
+
+#define MANY_ROWS 64   /* with fewer rows all of k fits, and the weight comes as fast as memory gives it */
+#define MOST_ROWS 32   /* of a tile of sums */
+#define MOST_COLUMNS 64
+
+struct plan {
+    const struct product *p;
+    int tiled;            /* x is packed in AMX tiles */
+    int integers;         /* x is packed as int8 */
+    int grid_rows;        /* rows of a tile of sums */
+    int blocks;           /* blocks of 16 columns of a tile of sums */
+    int64_t depth;        /* k, padded */
+    int64_t columns;      /* blocks of 16 columns in a row of the result (before the gate: in one half) */
+    int64_t panels;       /* tiles of sums side by side */
+    int64_t padded_rows;  /* of a block of rows */
+    int64_t piece;        /* of k: numbers that are summed before the next panel's turn */
+    int64_t step;         /* of a piece: numbers that are summed before the next rows' turn */
+    factor *x;            /* the rows of one block, normed; tiles of bfloat16 if `tiled` */
+    struct integer_rows rows; /* instead, if `integers` */
+    struct added added;       /* by adapters */
+    const struct plan *plain; /* prepares the rows for adapters where they are integers; or null */
+};
+
+INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+/* The block of the weight that is number `place` in a panel. Behind the end: the last one, whose sums nobody reads. */
+INLINE int64_t block_of(const struct plan *plan, int64_t panel, int place) {
+    int gated = plan->p->output == OUTPUT_GATED;
+    int width = gated ? plan->blocks / 2 : plan->blocks;
+    int64_t column = panel * width + place % width;
+    if (column >= plan->columns)
+        column = plan->columns - 1;
+    if (gated && place >= width)
+        column += plan->columns;
+    return column;
+}
+
+INLINE const bf16 *packed_block(const struct plan *plan, int64_t block, int64_t from) {
+    return plan->p->packed + block * plan->depth * LANES + from * LANES;
+}
+
+/* ---- rows on their way in ---- */
+
+/* Numbers `from` to `to` of row `row` of the block, both multiples of TILE_DEPTH: normed, padded with zeros, in the form
+ * that the inner loops read. */
+OUTLINE void prepare_part(const struct plan *plan, int64_t first, int64_t row, int64_t from, int64_t to) {
+    const struct product *p = plan->p;
+    int64_t depth = plan->depth;
+    int there = first + row < p->rows;
+    const bf16 *x = there ? p->x + (first + row) * p->x_stride : 0;
+    float scale = there && p->norm ? row_scale(x, p->k, p->epsilon) : 1.0f;
+    for (int64_t at = from; at < to; at += LANES) {
+        bf16 numbers[LANES] = {0};
+        if (there)
+            load_normed(p, x, scale, at, numbers);
+        if (plan->integers) {
+            bf16 second[LANES] = {0};
+            if (there)
+                load_normed(p, x, scale, at + LANES, second);
+            store_integers(&plan->rows, row, at / TILE_DEPTH, vec_load_bf16(numbers), vec_load_bf16(second));
+            at += LANES;
+            continue;
+        }
+        if (plan->tiled) {
+            bf16 *tile = (bf16 *)plan->x + row / 16 * 16 * depth + at / TILE_DEPTH * 16 * TILE_DEPTH;
+            memcpy(tile + row % 16 * TILE_DEPTH + at % TILE_DEPTH, numbers, sizeof numbers);
+        } else {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+            memcpy(plan->x + row * depth + at, numbers, sizeof numbers);
+#else
+            vec_store(plan->x + row * depth + at, vec_load_bf16(numbers));
+#endif
+        }
+    }
+}
+
+/* A thread's share of the rows of a block, padding included: where `count` rows are fewer than threads a part of each. */
+INLINE void prepare_rows(const struct plan *plan, int64_t first, int64_t count, int64_t rows, int thread, int threads) {
+    if (count < threads) {
+        int64_t units = plan->depth / TILE_DEPTH;
+        int64_t from = units * thread / threads * TILE_DEPTH, to = units * (thread + 1) / threads * TILE_DEPTH;
+        for (int64_t row = 0; row < rows; row++)
+            prepare_part(plan, first, row, from, to);
+        return;
+    }
+    for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++)
+        prepare_part(plan, first, row, 0, plan->depth);
+}
+
+/* ---- sums on their way out ---- */
+
+/* 16 columns of a gated result to the tiles that the next product reads; `first`: a multiple of 16. */
+INLINE void write_to_tiles(const struct product *p, int64_t column, int64_t first, int64_t rows, const float *sums,
+                           int64_t stride, int64_t up) {
+    int64_t columns = p->n / 2;
+    for (; rows > 0; first += 16, rows -= 16, sums += 16 * stride) {
+        bf16 *tile = (bf16 *)p->out + first * columns + column / TILE_DEPTH * 16 * TILE_DEPTH;
+        char *out = (char *)(tile + column % TILE_DEPTH);
+        write_columns(p, OUTPUT_GATED, p->bias != 0, column, rows < 16 ? rows : 16, LANES, out, TILE_DEPTH, sums, stride,
+                      up);
+    }
+}
+
+static void write_tile(const struct plan *plan, int64_t panel, int64_t first, int64_t rows, const float *sums,
+                       int64_t stride) {
+    const struct product *p = plan->p;
+    int gated = p->output == OUTPUT_GATED, width = gated ? plan->blocks / 2 : plan->blocks;
+    int64_t half = gated ? p->n / 2 : p->n, up = width * LANES;
+    for (int place = 0; place < width; place++, sums += LANES) {
+        int64_t column = (panel * width + place) * LANES, left = half - column, to = p->out_stride;
+        if (left <= 0)
+            return;
+        if (p->out_tiles) {
+            write_to_tiles(p, column, first, rows, sums, stride, up);
+            continue;
+        }
+        char *out = (char *)p->out + (first * to + column) * (p->output == OUTPUT_FLOAT ? 4 : 2);
+        switch (p->output * 2 + (p->bias != 0)) {
+        case OUTPUT_BF16 * 2: write_columns(p, OUTPUT_BF16, 0, column, rows, left, out, to, sums, stride, up); break;
+        case OUTPUT_BF16 * 2 + 1: write_columns(p, OUTPUT_BF16, 1, column, rows, left, out, to, sums, stride, up); break;
+        case OUTPUT_ADD * 2: write_columns(p, OUTPUT_ADD, 0, column, rows, left, out, to, sums, stride, up); break;
+        case OUTPUT_GATED * 2: write_columns(p, OUTPUT_GATED, 0, column, rows, left, out, to, sums, stride, up); break;
+        default: write_columns(p, p->output, p->bias != 0, column, rows, left, out, to, sums, stride, up); break;
+        }
+    }
+}
+
+/* What adapters add to a panel's sums of rows from `row` of the block on. */
+INLINE void add_adapters(const struct plan *plan, int64_t panel, int64_t row, int64_t rows, float *sums,
+                         int64_t stride) {
+    int64_t blocks[FEW_BLOCKS], width = plan->p->output == OUTPUT_GATED ? plan->blocks / 2 : plan->blocks;
+    for (int place = 0; place < plan->blocks; place++)
+        blocks[place] = block_of(plan, panel, place);
+    int64_t ahead = plan->added.rows > MANY_ROWS ? 0 : width * plan->p->threads;
+    expand(&plan->added, blocks, plan->blocks, ahead, row, rows, sums, stride);
+}
