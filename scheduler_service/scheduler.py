@@ -201,15 +201,16 @@ class Scheduler:
         old = [request.rid for request in self.requests if request.attempt < self.least_attempt]
         ended = [message for rid in old for message in self.abort(rid)]
         self.forget_released()
-        return [*ended, *self.facts_now()]
+        return [*ended, *self.told]
 
-    def facts_now(self) -> list[Message]:
-        """The facts of the model with the present state."""
-        return [] if self.facts is None else [msgspec.structs.replace(self.facts, state=self.state())]
+    @property
+    def told(self) -> list[Message]:
+        """What `emit` sends as the facts of the model with the state that there is then."""
+        return [] if self.facts is None else [self.facts]
 
     def tell_state(self) -> None:
         """Tell the gateway the state, though it has not asked."""
-        self.emit(self.facts_now())
+        self.emit(self.told)
 
     def state(self) -> dict[str, Any]:
         """The state that a gateway otherwise learns from replies to commands."""
@@ -350,9 +351,10 @@ class Scheduler:
         return self.commands.has_unfinished(kind)
 
     def emit(self, messages: list[Message]) -> None:
-        """Send messages in one frame."""
+        """Send messages in one frame; facts as they are now, behind others that were told meanwhile."""
         if messages:
-            self.outbox.send(signed(messages, self.facts.rank if self.facts else 0))
+            now = [msgspec.structs.replace(one, state=self.state()) if one is self.facts else one for one in messages]
+            self.outbox.send(signed(now, self.facts.rank if self.facts else 0))
 
     def messages(
         self, updates: Iterable[Update], weight_version: str = "", adapter_versions: Mapping[str, str] | None = None

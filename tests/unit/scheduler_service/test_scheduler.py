@@ -2,7 +2,8 @@ import logging
 
 import pytest
 
-from quartet.runtime.messages import Facts, Finish, Reply, unpack_ids
+from quartet.runtime.control import PauseGeneration
+from quartet.runtime.messages import Facts, Finish, Reply, Restarted, unpack_ids
 from quartet.scheduler_service.core.drafts import DraftOptions
 from quartet.scheduler_service.scheduler import GRAMMAR_POLL_S, IDLE_BEAT_S
 from quartet.scheduler_service.step_queue import MOST_FAILURES
@@ -45,6 +46,15 @@ def test_a_message_for_another_service_is_sent_on() -> None:
     rig.inbox.put(Reply(id="x"), facts)
     rig.run()
     assert rig.outbox.messages == [Reply(id="x"), facts]
+
+
+def test_facts_have_the_state_of_when_they_are_sent() -> None:
+    rig = Rig()
+    rig.scheduler.facts = Facts(max_total_num_tokens=1, max_req_input_len=1, context_length=1, vocab_size=1)
+    rig.inbox.put(Restarted(role="gateway"), PauseGeneration(id="p"))  # the pause makes older facts wrong
+    rig.run()
+    facts = [message for message in rig.outbox.messages if isinstance(message, Facts)]
+    assert facts and all(message.state["paused"] for message in facts)
 
 
 def test_an_idle_scheduler_waits_for_its_inbox_and_still_beats() -> None:
