@@ -1,12 +1,14 @@
 """A process that stands by for a service: `python -m quartet.runtime.standby <the service's module>`.
 
 Its imports take seconds of a core while others serve, so they run in a thread of the lowest priority. The main thread
-keeps its own, with which the service runs later: only root may raise one again.
+keeps its own, with which the service runs later: only root may raise one again. Where the boot file comes before the
+imports are done, which may take minutes while others use all cores, they begin anew with the main thread's priority.
 """
 
 import contextlib
 import importlib
 import os
+import select
 import sys
 import threading
 from typing import NoReturn
@@ -18,19 +20,38 @@ from quartet.runtime import service
 NICEST = 19
 
 
-def import_without_haste(module: str) -> None:
-    """Import a module with the lowest priority; what is wrong with it shows where it is imported again."""
+def import_without_haste(module: str, done_fd: int) -> None:
+    """Import a module with the lowest priority, and say so; what is wrong with it shows where it is imported again."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICEST)
-    with contextlib.suppress(Exception):
-        importlib.import_module(module)
+    try:
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
+    finally:
+        os.eventfd_write(done_fd, 1)
+
+
+def is_wanted_before(done_fd: int) -> bool:
+    """Wait for the end of the imports. Returns at once, and True, when a boot file is named before."""
+    poll = select.poll()
+    poll.register(done_fd, select.POLLIN)
+    poll.register(sys.stdin, select.POLLIN)
+    while not (happened := dict(poll.poll())).get(done_fd):
+        if happened[sys.stdin.fileno()] & select.POLLIN:
+            return True
+        poll.unregister(sys.stdin)  # nobody will name one
+    return False
 
 
 def main(module: str) -> NoReturn:
     """Import the service's module, wait for the boot file, and be that service."""
     setproctitle.setproctitle(service.TITLE.format(role=service.STANDBY))
-    imports = threading.Thread(target=import_without_haste, args=(module,), name="imports")
+    done_fd = os.eventfd(0)
+    imports = threading.Thread(target=import_without_haste, args=(module, done_fd), name="imports")
     imports.start()
+    if is_wanted_before(done_fd):  # the service's own process would have been started so
+        os.execve(sys.executable, [sys.executable, "-P", "-m", module], os.environ)
     imports.join()
+    os.close(done_fd)
     service.run(importlib.import_module(module).main)
 
 

@@ -74,6 +74,7 @@ log = logging.getLogger(__name__)
 Work = Generator[None, bool | None, None]
 
 POLL_S = 0.001  # for a message, between two slices of work in the background
+MOST_MESSAGES = 16  # between them, where messages come faster than that
 NOT_BY_HAND = "ranks are started by the scheduler of `quartet serve --tp-size`"
 
 
@@ -153,13 +154,16 @@ class Follower:
 
     def run(self) -> None:
         """Do what the messages say until there are no more; between them, a slice of the work in the background."""
+        handled = 0  # since the last slice
         while True:
-            if (self.job or self.meetings) and not self.channel.waits(POLL_S):
+            if (self.job or self.meetings) and (handled >= MOST_MESSAGES or not self.channel.waits(POLL_S)):
                 self.work_on()
+                handled = 0
             elif (message := self.channel.receive()) is None:
                 return
             else:
                 self.handle(message)
+                handled += 1
 
     def handle(self, message: Message) -> None:
         """Do what a message says, or begin to."""

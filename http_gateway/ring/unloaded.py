@@ -27,9 +27,13 @@ class UnloadedAdapters:
         self._send = send
 
     def request_ended(self, adapter: str) -> None:
-        """An unfinished request has ended, which has named this adapter; "": none."""
-        if any(adapter in one.unloaded for one in self._schedulers.all):
-            self.look()
+        """An unfinished request has ended, which has named this adapter; "": none.
+
+        There may be thousands of them. Those that name an unloaded adapter are older than most, and found at once.
+        """
+        kept = [(one.rank, one.unloaded[adapter]) for one in self._schedulers.all if adapter in one.unloaded]
+        if kept and all(entry.request.adapter != adapter for entry in self._unfinished.values()):
+            self._send([ForgetAdapter(lora_name=adapter, version=version, rank=rank) for rank, version in kept])
 
     def look(self) -> None:
         """Have each scheduler forget those that no unfinished request names."""

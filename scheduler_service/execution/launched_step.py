@@ -21,6 +21,7 @@ from quartet.scheduler_service.sampling.rows import Row
 TOO_COSTLY = "The output cannot be constrained any further: {}"
 NOTHING_ALLOWED = "No token is left that both the grammar and the other parameters allow."
 AT_ONCE = 16  # rows that matrix products on a CPU take together: with fewer, one more costs next to nothing
+MOST_LOOKED_AT = 512  # tokens in a step: the matcher looks at all that is forced behind each one that is taken
 
 
 @dataclass(slots=True)
@@ -51,14 +52,19 @@ class State:
     def take_forced(self, result: Result, most: int) -> int:
         """Take the tokens that the grammar forces behind those of the result, and add them there; returns how many.
 
-        Each is the only one that the mask would have allowed.
+        Each is the only one that the mask would have allowed. One that would end the request too early is left to a
+        draw, which has nothing to draw then.
         """
         assert self.matcher is not None and result.tokens is not None
-        count = 0
-        while count < most and not result.complete and (token := self.matcher.forced()) is not None:
-            result.complete = self.take(token)
-            result.tokens.append(token)
-            count += 1
+        forbidden = self.row.end_ids if self.row.params.min_new_tokens else ()
+        count = looked_at = 0
+        while count < most and looked_at < MOST_LOOKED_AT and not result.complete:
+            forced = self.matcher.forced()
+            if not forced or forced[0] in forbidden:
+                break
+            result.complete = self.take(forced[0])
+            result.tokens.append(forced[0])
+            count, looked_at = count + 1, looked_at + len(forced)
         return count
 
     def fault(self, valid: bool) -> tuple[str, Kind] | None:

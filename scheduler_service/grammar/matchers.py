@@ -73,10 +73,12 @@ class Matcher:
         """Take a sampled token; False when the grammar does not allow it."""
         return bool(self.engine.consume_token(token))
 
-    def forced(self) -> int | None:
-        """The only token that the mask allows next, as the grammar leaves one text; None where nothing is forced."""
-        tokens = self.engine.compute_ff_tokens()
-        return tokens[0] if tokens else None
+    def forced(self) -> list[int]:
+        """The tokens of the only text that the grammar allows next; often none. The time is that of the whole text.
+
+        The first is the only one that the mask allows. Those behind it may be others once it was taken.
+        """
+        return self.engine.compute_ff_tokens()
 
 
 class Guide:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,35 @@ def test_a_rank_meets_a_trainer_that_comes_while_it_waits_for_another(
     trainers["absent"].set()
     work_until(follower, channel, 2)
     assert channel.heard == [Answer(meeting=1), Answer(meeting=0)] and not follower.meetings
+
+
+class Busy(Scripted):
+    """Always has something to receive, until it was told enough."""
+
+    def __init__(self, first: Meet, enough: Callable[[], bool]) -> None:
+        super().__init__()
+        self.first: list[Meet] = [first]
+        self.enough = enough
+        self.most = 1_000_000  # messages; far more than it takes
+
+    def waits(self, timeout_s: float) -> bool:
+        return True
+
+    def receive(self) -> Any:
+        self.most -= 1
+        if self.first:
+            return self.first.pop()
+        return None if self.enough() or not self.most else DropSecond()
+
+
+def test_a_rank_that_always_has_something_to_do_meets_a_trainer_nevertheless(
+    follower: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "join", lambda spec: spec.name)
+    busy = Busy(joining(7, "g"), lambda: bool(busy.heard))
+    follower.channel = busy
+    follower.run()
+    assert busy.heard == [Answer(meeting=7)]
 
 
 def work_until(follower: Follower, channel: Scripted, answers: int) -> None:

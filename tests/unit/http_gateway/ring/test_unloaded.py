@@ -52,6 +52,21 @@ async def test_an_unloaded_adapter_is_forgotten_when_the_last_request_that_names
 
 
 @asynchronous
+async def test_the_end_of_a_request_says_nothing_of_adapters_that_it_does_not_name() -> None:
+    async with connected() as ring:
+        ring.client.open([asked("x"), asked("y")])
+        ring.transport.push(keeps(a="1", c="2"))
+        await ring.settle()
+        assert forgotten(ring) == [("c", "2", 0)]
+        ring.transport.push(step("x", [5], "e", finish=STOP))
+        await ring.settle()
+        assert forgotten(ring) == []
+        ring.transport.push(step("y", [5], "e", finish=STOP))
+        await ring.settle()
+        assert forgotten(ring) == [("a", "1", 0)]
+
+
+@asynchronous
 async def test_an_adapter_stays_for_a_request_that_is_held_back_while_suspects_run() -> None:
     async with connected() as ring:
         ring.client.open([asked("slow", "")])

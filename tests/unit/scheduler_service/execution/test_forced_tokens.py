@@ -1,5 +1,6 @@
 """Tokens that a grammar forces are taken without a draw, and the output stays what it was."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,24 @@ def test_other_parameters_act_as_behind_masks(directory, params, more):
     for grammar in ("schema", "forced", "loops"):
         given = constrained(params, grammar, **more)
         same(answers(Engine(directory), given, seed=8), answers(by_masks(directory), given, seed=8))
+
+
+def test_no_forced_token_ends_a_request_before_its_minimum(directory):
+    text = {"regex": LONG_TEXT, "max_new_tokens": 60}
+    whole = answers(Engine(directory), msgspec.structs.replace(GREEDY, **text))[0].ids
+    for place in (0, 1, 5, 40):
+        stops = [token for token in set(whole) if whole.index(token) >= place]
+        given = msgspec.structs.replace(GREEDY, **text, min_new_tokens=30, stop_token_ids=stops)
+        same(answers(Engine(directory), given), answers(by_masks(directory), given))
+
+
+def test_of_a_very_long_forced_text_a_step_takes_few_tokens(directory):
+    """The matcher looks at all of it for each: a step would take as long as sixteen."""
+    text = {"json_schema": json.dumps({"const": LONG_TEXT * 20}), "max_new_tokens": 20}
+    engine = Engine(directory)
+    taken = answers(engine, msgspec.structs.replace(GREEDY, **text))
+    same(taken, answers(by_masks(directory), msgspec.structs.replace(GREEDY, **text)))
+    assert max(end - start for _, start, end in engine.computed[len(PROMPTS) :]) == 2
 
 
 def test_logprobs_are_those_of_the_masked_distribution(directory):
