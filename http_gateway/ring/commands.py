@@ -15,7 +15,7 @@ import msgspec
 
 from quartet.http_gateway.ring.merging import merge
 from quartet.http_gateway.ring.schedulers import Schedulers
-from quartet.runtime.adapters import LoadAdapter
+from quartet.runtime.adapters import AdapterCommand, LoadAdapter
 from quartet.runtime.control import COMMAND_LOST, ControlCommand, DecideChange, WeightChange
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import SCHEDULER, Message, Prepared, Reply
@@ -35,6 +35,7 @@ class UnansweredCommand:
     serial: int
     answer: asyncio.Future[Message]
     epochs: dict[int, int | None]  # by rank of the schedulers that it was sent to
+    for_all: bool  # of them that live
     answers: dict[int, Message] = field(default_factory=dict)  # by rank
     prepared: set[int] = field(default_factory=set)  # ranks
     cause: Reply | None = None  # the first refusal
@@ -93,7 +94,9 @@ class Commands:
         command.waits_for_others = command.all_or_none and len(ranks) > 1
         epochs = {rank: None if command.read_only else self._schedulers.all[rank].epoch for rank in ranks}
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        unanswered = self._unanswered[command.id] = UnansweredCommand(command, serial, answer, epochs)
+        unanswered = self._unanswered[command.id] = UnansweredCommand(
+            command, serial, answer, epochs, for_all=rank is None
+        )
         return unanswered
 
     def deliver(self, answer: Message, id: str, rank: int) -> UnansweredCommand | None:
@@ -118,6 +121,8 @@ class Commands:
             return
         if unanswered.answers:
             count = len(self._schedulers.all)
+            if unanswered.for_all and unanswered.cause is None and isinstance(unanswered.command, AdapterCommand):
+                self._schedulers.note_adapter(unanswered.command.lora_name, *unanswered.answers.values())
             cause = unanswered.cause and partly(unanswered.cause, unanswered.answers)
             unanswered.answer.set_result(cause or merge(unanswered.command, unanswered.answers, count))
         else:

@@ -16,7 +16,7 @@ import msgspec
 
 from quartet.http_gateway.ring.prefix_memory import BLOCK_BYTES, PrefixMemory, PromptBlocks
 from quartet.runtime import records
-from quartet.runtime.messages import SCHEDULER, Facts, Generate, Reply, title_of
+from quartet.runtime.messages import SCHEDULER, Facts, Generate, Message, Reply, title_of
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +191,20 @@ class Schedulers:
             one.served = self.reference
         if one.heard or self.reference is not None:
             self._serves(one, served(body, one.served))
+
+    def note_adapter(self, name: str, *answers: Message) -> None:
+        """A command for all has loaded or unloaded this adapter: all must serve what the answers say of it.
+
+        A scheduler that was being given what the others serve meanwhile does not speak for all by itself.
+        """
+        if not self.several or self.reference is None:
+            return
+        said = [answer.body for answer in answers if isinstance(answer, Reply) and answer.body]
+        now = served(said[-1] if said else {}, self.reference).adapters
+        others = frozenset(one for one in self.reference.adapters if one[0] != name)
+        adapters = others | frozenset(one for one in now if one[0] == name)
+        if adapters != self.reference.adapters:
+            self._set_reference(msgspec.structs.replace(self.reference, adapters=adapters))
 
     def _serves(self, one: SchedulerState, now: Served) -> None:
         """A scheduler that lives changes what it serves as we say, so that all must serve it from now on.

@@ -142,6 +142,20 @@ def test_a_scheduler_with_other_adapters_gets_no_requests() -> None:
     assert not schedulers.is_behind(1)
 
 
+def test_a_command_for_all_holds_though_only_one_that_is_levelled_has_answered() -> None:
+    schedulers = heard()
+    adapter = {"name": "a", "path": "/a", "version": "1", "rank": 4, "pinned": False, "loaded": True}
+    loaded, unloaded = Reply(id="c", rank=1, body={"adapters": [adapter]}), Reply(id="d", rank=1, body={"adapters": []})
+    schedulers.all[1].levelled = True  # what it says does not hold for all by itself
+    schedulers.note_death(0, 0)
+    for answer, expected in ((loaded, {("a", "/a", False)}), (unloaded, set())):
+        schedulers.note_reply(answer)
+        schedulers.note_adapter("a", answer)
+        assert schedulers.reference is not None
+        assert schedulers.reference.adapters == expected
+        assert not schedulers.is_behind(1)
+
+
 def test_a_request_stays_where_its_adapter_is_while_that_is_unloaded() -> None:
     schedulers = heard()
     adapter = {"name": "a", "path": "/a", "version": "1", "rank": 4, "pinned": False, "loaded": True}
