@@ -12,8 +12,6 @@
 #include "attention_tiles.h"
 
 #define TASKS_OF_A_THREAD 4 /* with fewer, heads do not share tiles */
-#define SHARING_TASKS 2     /* of a thread, at least, if so many sequences share keys */
-#define FEWEST_MEMBERS 4    /* that divide the work on shared keys */
 
 /* What tasks are made of: rows of a sequence, or of several that have their first keys in common. */
 struct item {
@@ -78,11 +76,14 @@ INLINE void list_sequence(struct attending *attending, int64_t sequence) {
 /* Those of sequences of one query that begin with the same keys, in parts as even as they can be. */
 INLINE void list_members(struct attending *attending, const int64_t *members, int64_t count, int64_t keys) {
     const struct attention *a = attending->a;
-    int64_t most = TASK_TILES * TILE_ROWS / a->group, parts = (count + most - 1) / most;
-    int64_t wanted = (SHARING_TASKS * a->threads + a->kv_heads - 1) / a->kv_heads;
-    wanted = fewer(wanted, count / FEWEST_MEMBERS);
-    parts = parts > wanted ? parts : wanted;
-    for (int64_t part = 0; part < parts; part++)
+    int64_t own = 0;
+    for (int64_t member = 0; member < count; member++)
+        own += a->lengths[members[member]] - keys;
+    int64_t threads = (a->threads * count + a->sequences - 1) / a->sequences; /* the others have other sequences */
+    int64_t parts = parts_for(count, a->group, a->kv_heads, keys, own, threads);
+    for (int64_t member = 0; parts == count && member < count; member++)
+        list_sequence(attending, members[member]);
+    for (int64_t part = 0; parts < count && part < parts; part++)
         for (int64_t head = 0; head < a->kv_heads; head++) {
             int64_t begin = count * part / parts, end = count * (part + 1) / parts;
             struct item item = {.head = head, .heads = 1, .lanes = TILE_ROWS, .keys = keys};

@@ -9,10 +9,9 @@
 #pragma once
 
 #include "linear.h"
+#include "parts.h"
 
 #define BLOCK_KEYS 128
-#define TILE_ROWS 16
-#define TASK_TILES 16 /* tiles that share the reading of keys and values */
 #define PLACES (TASK_TILES + 1) /* for sums of tiles: those of a task, and one of what follows what sequences share */
 #define MOST_HEADS 8  /* KV heads that share a tile; times dim MOST_DIM at most */
 #define HIDDEN_SCORE (-1e30f)

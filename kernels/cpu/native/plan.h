@@ -83,17 +83,23 @@ OUTLINE void prepare_part(const struct plan *plan, int64_t first, int64_t row, i
     }
 }
 
-/* A thread's share of the rows of a block, padding included: where `count` rows are fewer than threads a part of each. */
+/* A thread's share of the rows of a block, padding included. `count` rows that are fewer than threads are divided by their
+ * numbers, so that a thread looks at two rows at most for their norm. */
 INLINE void prepare_rows(const struct plan *plan, int64_t first, int64_t count, int64_t rows, int thread, int threads) {
-    if (count < threads) {
-        int64_t units = plan->depth / TILE_DEPTH;
-        int64_t from = units * thread / threads * TILE_DEPTH, to = units * (thread + 1) / threads * TILE_DEPTH;
-        for (int64_t row = 0; row < rows; row++)
-            prepare_part(plan, first, row, from, to);
+    if (count >= threads) {
+        for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++)
+            prepare_part(plan, first, row, 0, plan->depth);
         return;
     }
-    for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++)
-        prepare_part(plan, first, row, 0, plan->depth);
+    int64_t depth = plan->depth, units = depth / TILE_DEPTH;
+    int64_t from = count * units * thread / threads * TILE_DEPTH, to = count * units * (thread + 1) / threads * TILE_DEPTH;
+    for (int64_t row = from / depth; row * depth < to; row++) {
+        int64_t begin = row * depth, end = begin + depth;
+        prepare_part(plan, first, row, (from > begin ? from : begin) - begin, (to < end ? to : end) - begin);
+    }
+    from = units * thread / threads * TILE_DEPTH, to = units * (thread + 1) / threads * TILE_DEPTH;
+    for (int64_t row = count; row < rows; row++) /* padding */
+        prepare_part(plan, first, row, from, to);
 }
 
 /* ---- sums on their way out ---- */

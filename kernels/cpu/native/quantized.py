@@ -197,14 +197,16 @@ class QuantizedWeight:
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows `ids` (count,) int64 as bfloat16 (count, columns)."""
         assert ids.dtype is torch.int64 and ids.is_contiguous(), ids.dtype
+        outside = f"rows below 0 or not below {self.rows}"
         if self.source is not None:
+            assert not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < self.rows), outside
             return self.source(ids)
         out = torch.empty(len(ids), self.columns, dtype=torch.bfloat16)
         argument = self.argument(exact=True)
         shape, pointers = (self.rows, self.columns, len(ids)), (ids.data_ptr(), out.data_ptr())
         read = functions().quartet_quantized_rows
         failed = read(ctypes.byref(argument), *shape, *pointers, torch.get_num_threads())
-        assert not failed, f"rows below 0 or not below {self.rows}"
+        assert not failed, outside
         return out
 
     def values(self, first: int, count: int) -> torch.Tensor:

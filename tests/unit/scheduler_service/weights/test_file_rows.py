@@ -45,6 +45,9 @@ def test_rows_are_those_of_a_table_in_memory(tmp_path):
             table.read(torch.tensor(ids, dtype=torch.int64)), plain.read(torch.tensor(ids, dtype=torch.int64))
         )
     assert on_disk.checksum(EMBEDDINGS) == in_memory.checksum(EMBEDDINGS)
+    for ids in ([0, table.rows], [-1]):  # of which the file has bytes as well, those of other tensors
+        with pytest.raises(AssertionError, match=f"not below {table.rows}"):
+            table.read(torch.tensor(ids))
 
 
 def test_a_model_answers_as_with_a_table_in_memory(tmp_path):

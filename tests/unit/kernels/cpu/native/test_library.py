@@ -105,17 +105,20 @@ def test_numbers_that_are_none_stay_in_their_row(kernels):
         assert out[3].isnan().all() and out[[0, 1, 2, 4]].isfinite().all()
 
 
-def test_the_result_does_not_depend_on_the_number_of_threads(kernels):
-    x, packed = random(70, 896), kernels.pack(weight_of(320, 896), no_pause)
-    results = [torch.empty(70, 320) for _ in range(3)]
+@pytest.mark.parametrize("rows", [1, 3, 7, 70])
+def test_the_result_does_not_depend_on_the_number_of_threads(kernels, rows):
+    """More threads than rows, too, which divide the numbers of a row and its norm."""
+    x, packed, weight = random(rows, 896), kernels.pack(weight_of(320, 896), no_pause), torch.rand(896).bfloat16()
+    threads = (1, 2, 3, 5, 11)
+    results = [torch.full((rows, 320), torch.nan) for _ in threads]
     before = torch.get_num_threads()
     try:
-        for threads, out in enumerate(results, 1):
-            torch.set_num_threads(threads)
-            kernels.product(x, packed, 320, None, out, "float")
+        for count, out in zip(threads, results, strict=True):
+            torch.set_num_threads(count)
+            kernels.product(x, packed, 320, None, out, "float", norm=(weight, 1e-6, 0.0))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(out, results[0]) for out in results)
+    assert results[0].isfinite().all() and all(torch.equal(out, results[0]) for out in results)
 
 
 @pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (96, 32), (128, 128), (256, 64), (512, 512)])
