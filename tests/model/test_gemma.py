@@ -13,7 +13,7 @@ from quartet.kernels.cpu.native import build
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.model.decoder import Decoder
-from quartet.scheduler_service.model.registry import check_ranks, decoder_spec
+from quartet.scheduler_service.model.registry import decoder_spec
 from quartet.scheduler_service.model.spec import NotNative
 from quartet.scheduler_service.weights.formats import checkpoint_of
 from quartet.scheduler_service.weights.staging import check_checkpoint
@@ -130,19 +130,6 @@ def test_experts_that_are_chosen_are_those_of_transformers(tmp_path: Path) -> No
     assert sorted(recorded) == list(range(5))
     for layer, expected in enumerate(chosen):
         assert torch.equal(recorded[layer].sort().values, expected.sort().values)
-
-
-@pytest.mark.parametrize(
-    ("family", "why"),
-    [
-        ("gemma3n", "this model has several residual streams"),
-        ("gemma4", "this model has embeddings for each layer"),
-    ],
-)
-def test_several_ranks_are_refused_by_name(family: str, why: str, tmp_path: Path) -> None:
-    config = resolved(model_path=str(tiny.build(family, tmp_path)), tp_size=2)
-    with pytest.raises(StartupError, match=f"--tp-size 2: {why}, which one process computes"):
-        check_ranks(config, model_info.load(config))
 
 
 def test_attention_both_ways_is_not_served(tmp_path: Path) -> None:

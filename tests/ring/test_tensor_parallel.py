@@ -297,7 +297,7 @@ def test_streams_go_on_when_a_rank_stops_for_longer_than_the_watchdog_waits(quan
     stopped.suspend()
     wait_for_return(quantized, "scheduler")
     assert [stream.answers() for stream in streams] == before
-    assert "has not moved for 10 s (--watchdog-timeout)" in quantized.log
+    assert "has not moved for 10 s" in quantized.log  # as the flag says, or as none of its threads runs
     assert not stopped.is_running() and rank(quantized, 1).is_running()
 
 

@@ -37,6 +37,7 @@ class Overlapped(Engine):
     def __init__(self, directory: Path, *, depth: int = 1, **settings: Any) -> None:
         super().__init__(directory, **settings)
         self.worker.depth = self.depth = depth
+        self.worker.can_jump = False  # as where a worker is made to overlap
         self.in_flight: deque[tuple[Plan, LaunchedStep]] = deque()
         self.steps_ahead = 0
 
