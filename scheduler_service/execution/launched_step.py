@@ -21,7 +21,7 @@ from quartet.scheduler_service.sampling.rows import Row
 TOO_COSTLY = "The output cannot be constrained any further: {}"
 NOTHING_ALLOWED = "No token is left that both the grammar and the other parameters allow."
 AT_ONCE = 16  # rows that matrix products on a CPU take together: with fewer, one more costs next to nothing
-MOST_LOOKED_AT = 512  # tokens in a step: the matcher looks at all that is forced behind each one that is taken
+MOST_LOOKED_AT = 4096  # tokens in a step: the matcher looks at all that is forced behind each one that is taken
 
 
 @dataclass(slots=True)

@@ -122,7 +122,7 @@ def test_no_forced_token_ends_a_request_before_its_minimum(directory):
 
 def test_of_a_very_long_forced_text_a_step_takes_few_tokens(directory):
     """The matcher looks at all of it for each: a step would take as long as sixteen."""
-    text = {"json_schema": json.dumps({"const": LONG_TEXT * 20}), "max_new_tokens": 20}
+    text = {"json_schema": json.dumps({"const": LONG_TEXT * 60}), "max_new_tokens": 20}
     engine = Engine(directory)
     taken = answers(engine, msgspec.structs.replace(GREEDY, **text))
     same(taken, answers(by_masks(directory), msgspec.structs.replace(GREEDY, **text)))
