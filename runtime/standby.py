@@ -16,13 +16,12 @@ from typing import NoReturn
 import setproctitle
 
 from quartet.runtime import service
-
-NICEST = 19
+from quartet.runtime.process.priority import NICEST, give_way
 
 
 def import_without_haste(module: str, done_fd: int) -> None:
     """Import a module with the lowest priority, and say so; what is wrong with it shows where it is imported again."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICEST)
+    give_way(NICEST)
     try:
         with contextlib.suppress(Exception):
             importlib.import_module(module)

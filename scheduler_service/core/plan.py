@@ -13,8 +13,8 @@ class Slice:
     """One sequence's share of a step: compute the positions [start, end).
 
     A decode row has end == start + 1, or more where a grammar has forced tokens. `samples`: the step samples the token
-    of position `end`. Where an input token
-    is not in `sequence.ids` yet (overlap), the worker takes the one it sampled last for that slot.
+    of position `end`. Where an input token is not in `sequence.ids` yet (overlap), the worker takes the one it sampled
+    last for that slot.
     `score_from`: first prompt position in (start, end] whose logprob is requested, or -1.
     `restores`: the snapshot with whose recurrent state the slice begins, or -1; `saves`: (position, snapshot) in order,
     where the state behind that many positions is saved; a model without recurrent layers has neither.

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from quartet.runtime import limits
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.process.guarded import Guarded
+from quartet.runtime.process.priority import give_way
 from quartet.scheduler_service.grammar.matchers import Grammar, GrammarCompiler, NeedsLongTry, new_checker
-from quartet.scheduler_service.host.priority import give_way
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from quartet.runtime.errors import CommandRefused
-from quartet.scheduler_service.host.priority import give_way
+from quartet.runtime.process.priority import give_way
 
 log = logging.getLogger(__name__)
 

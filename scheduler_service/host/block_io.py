@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
+from quartet.runtime.process.priority import give_way
 from quartet.scheduler_service.host.block_files import BlockFiles
-from quartet.scheduler_service.host.priority import give_way
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from quartet.runtime.process.priority import NICEST
 from quartet.runtime.process.python_path import python_path
 from quartet.runtime.service import NOT_BY_HAND, Boot
-from quartet.runtime.standby import NICEST
 from tests.configs import resolved
 
 PRIORITY = "os.getpriority(os.PRIO_PROCESS, threading.get_native_id())"

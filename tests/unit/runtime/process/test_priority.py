@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from quartet.scheduler_service.host.priority import NICEST, give_way
+from quartet.runtime.process.priority import NICEST, give_way
 
 
 @pytest.mark.parametrize("behind_it", [0, 4, 19])
