@@ -17,13 +17,15 @@ enum output { OUTPUT_BF16, OUTPUT_FLOAT, OUTPUT_ADD, OUTPUT_GATED };
 /* A quantized weight: scale * (number - zero point), or scale * number + offset, with integers of few bits.
  *
  * It lies in blocks of 16 columns of a product, those in units of 32 numbers in k (see quantized.h). Scales and offsets
- * are float16: for each unit, and for each of its halves where `halves` is 2, 16 scales and then 16 offsets, if any.
+ * are float16: for each unit, and for each of its halves where `halves` is 2, 16 scales and then 16 offsets, if any. In a
+ * rotated weight the units of a group (rotated_group) have the same scales.
  */
 struct quantized {
     const uint8_t *numbers; /* (blocks, units, 64 * bits); null: the weight is bfloat16 */
     const uint16_t *scales; /* (blocks, units, halves, 1 + offsets, 16) */
     int32_t bits;           /* 4, 5, 6 or 8 */
     int32_t halves, offsets, zero;
+    int32_t rotated; /* rows are rotated (hadamard.h): 8 bits, no offsets or halves, k a multiple of ROTATED */
     int32_t exact; /* compute with bfloat16 activations always: a row's bits do not depend on the other rows */
 };
 

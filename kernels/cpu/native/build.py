@@ -38,7 +38,7 @@ FEATURES = {
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx512_vnni": {"avx512_vnni"},
     "avx512_bf16": {"avx512_bf16"},
-    "amx": {"amx_tile", "amx_bf16", "avx512vbmi"},
+    "amx": {"amx_tile", "amx_bf16", "amx_int8", "avx512vbmi"},
 }
 CPU_INFO = Path("/proc/cpuinfo")
 HASH_BYTES = 32  # behind the library

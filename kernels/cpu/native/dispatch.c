@@ -15,7 +15,8 @@
 static int has_amx(void) {
     unsigned a = 7, b, c = 0, d;
     __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    int there = (d >> 22 & 1) && (d >> 24 & 1) && __builtin_cpu_supports("avx512vbmi"); /* AMX-BF16, AMX-TILE */
+    int there = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1); /* AMX-BF16, AMX-TILE, AMX-INT8 */
+    there = there && __builtin_cpu_supports("avx512vbmi");
     return there && !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 }
 

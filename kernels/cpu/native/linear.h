@@ -14,6 +14,7 @@
  */
 #pragma once
 
+#include "integer_tiles.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -61,11 +62,6 @@ INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, co
     for (int place = 0; place < plan->blocks; place += GRID_BLOCKS)
         multiply_few(GRID_ROWS, GRID_BLOCKS, x, plan->depth, weight + place, 0, depth, sums + place * LANES, stride);
 #endif
-}
-
-/* The panel that a thread most likely takes after `panel`, the last of whose chunk is the one before `end`. */
-INLINE int64_t panel_after(const struct plan *plan, int64_t panel, int64_t begin, int64_t end) {
-    return panel + 1 < end ? panel + 1 : end + (end - begin) * (plan->p->threads - 1);
 }
 
 /* Steps of k of a thread's panels, in the order in which they are computed. */
@@ -179,13 +175,19 @@ static void compute_block(void *argument, int thread, int threads) {
     unsigned state = _mm_getcsr();
     _mm_setcsr(state | 0x8040); /* as tiles do: numbers too small to be normal are zeros */
 #endif
+#if defined(__AMX_BF16__)
+    if (plan->integer_tiles)
+        for (int64_t row = thread; row < plan->padded_rows; row += threads)
+            prepare_integer_tiles(plan, block->first, row);
+    else
+#endif
     if (!plan->p->x_tiles)
         prepare_rows(plan, block->first, block->rows, plan->padded_rows, thread, threads);
     if (plan->plain)
         prepare_rows(plan->plain, block->first, block->rows, plan->padded_rows, thread, threads);
     quartet_barrier(threads);
-    if (plan->tiled)
-        tiles_begin(block->rows);
+    if (plan->tiled || plan->integer_tiles)
+        tiles_begin(plan->tiled ? block->rows : MOST_ROWS);
     if (plan->added.jobs) {
         shrink(&plan->added);
         quartet_barrier(threads);
@@ -199,9 +201,15 @@ static void compute_block(void *argument, int thread, int threads) {
             compute_integers(plan, block->first, block->rows, begin, end);
             continue;
         }
+#if defined(__AMX_BF16__)
+        if (plan->integer_tiles) {
+            compute_integer_tiles(plan, block->first, block->rows, begin, end, kept);
+            continue;
+        }
+#endif
         compute_panels(plan, block->first, block->rows, begin, end, kept, expanded);
     }
-    if (plan->tiled)
+    if (plan->tiled || plan->integer_tiles)
         tiles_end();
 #if defined(__AMX_BF16__)
     _mm_setcsr(state);
@@ -216,14 +224,16 @@ INLINE int64_t even_part(int64_t depth, int64_t most) {
 
 static int run_block(struct plan *plan, int64_t first, int64_t rows) {
     struct block block = {.plan = plan, .first = first, .rows = rows, .chunk = 1};
-    int threads = plan->p->threads;
-    int expands = plan->p->quantized.numbers && !plan->integers, many = rows > MANY_ROWS, deep;
+    int threads = plan->p->threads, tiles = plan->tiled || plan->integer_tiles;
+    int expands = plan->p->quantized.numbers && !plan->integers && !plan->integer_tiles, many = rows > MANY_ROWS, deep;
     plan->piece = plan->step = plan->depth;
     deep = plan->depth > DEPTH_BLOCK && (expands || (many && !plan->integers));
-    if (deep)
+    if (deep && plan->integer_tiles)
+        plan->piece = plan->group;
+    else if (deep)
         plan->piece = even_part(plan->depth, plan->tiled && many ? STEP_BLOCK : DEPTH_BLOCK);
-    if (plan->tiled || many) {
-        int64_t most = threads * (deep && plan->tiled && many ? CHUNK_OF_PIECES : CHUNK_PANELS);
+    if (tiles || many) {
+        int64_t most = threads * (deep && tiles && many ? CHUNK_OF_PIECES : CHUNK_PANELS);
         int64_t turns = (plan->panels + most - 1) / most; /* of each thread */
         block.chunk = (plan->panels + threads * turns - 1) / (threads * turns);
     } else if (plan->integers && plan->panels >= threads * FEW_TURNS) {
@@ -234,7 +244,8 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
         plan->step = even_part(plan->piece, expands && rows <= 2 * MANY_ROWS ? FEW_STEP_BLOCK : STEP_BLOCK);
     else
         plan->step = plan->piece;
-    if (plan->step < plan->depth) {
+    plan->row_scales = (float *)((int8_t *)plan->x + plan->padded_rows * plan->depth);
+    if (plan->step < plan->depth || plan->integer_tiles) {
         int64_t panels = plan->piece < plan->depth ? block.chunk : 1;
         block.kept_size = panels * plan->padded_rows * plan->blocks * LANES;
         block.kept = quartet_scratch(1, threads * block.kept_size * 4);
@@ -259,11 +270,12 @@ static int plan_adapters(struct plan *plan, struct plan *plain, int64_t rows) {
         return 0;
     plan->added = (struct added){.from = plan->p->additions, .number = plan->p->number, .depth = plan->depth};
     plan->added.x = plan->x;
-    plan->added.tiled = plan->tiled;
-    if (!plan->integers)
+    plan->added.tiled = plan->tiled || plan->integer_tiles;
+    if (!plan->integers && !plan->rotated)
         return 0;
     *plain = *plan;
-    plain->integers = 0;
+    plain->integers = plain->integer_tiles = plain->rotated = 0;
+    plain->tiled = plan->added.tiled;
     plan->added.x = plain->x = quartet_scratch(7, rows * plan->depth * (int64_t)sizeof(factor));
     plan->plain = plain;
     return plain->x ? 0 : -1;
@@ -273,7 +285,7 @@ INLINE int as_integers(const struct product *p) {
     return p->quantized.numbers && !p->quantized.exact && p->rows <= MOST_INTEGER_ROWS;
 }
 
-INLINE int as_tiles(const struct product *p) {
+INLINE int on_tiles(const struct product *p) {
 #if defined(__AMX_BF16__)
     return p->rows > FEW_ROWS && !as_integers(p);
 #else
@@ -282,30 +294,37 @@ INLINE int as_tiles(const struct product *p) {
 #endif
 }
 
-static int takes_tiles(const struct product *p) { return as_tiles(p) && p->k % TILE_DEPTH == 0; }
+INLINE int is_rotated(const struct product *p) { return p->quantized.numbers && p->quantized.rotated; }
+
+INLINE int as_integer_tiles(const struct product *p) { return on_tiles(p) && is_rotated(p) && !p->quantized.exact; }
+
+static int takes_tiles(const struct product *p) { return on_tiles(p) && !is_rotated(p) && p->k % TILE_DEPTH == 0; }
 
 static int product(const struct product *p) {
     struct plan plan = {.p = p, .grid_rows = GRID_ROWS, .blocks = GRID_BLOCKS}, plain;
     int gated = p->output == OUTPUT_GATED;
     plan.integers = as_integers(p);
-    plan.tiled = as_tiles(p);
+    plan.rotated = is_rotated(p);
+    plan.integer_tiles = as_integer_tiles(p);
+    plan.tiled = on_tiles(p) && !plan.integer_tiles;
     if (plan.integers) {
         plan.blocks = FEW_BLOCKS;
         plan.grid_rows = p->rows < 3 ? (int)p->rows : 4;
-    } else if (!plan.tiled && p->rows <= FEW_ROWS) {
+    } else if (!on_tiles(p) && p->rows <= FEW_ROWS) {
         plan.blocks = FEW_BLOCKS;
         plan.grid_rows = FEW_ROWS;
     } else if (gated && GRID_BLOCKS == 1) {
         plan.blocks = 2; /* one of the gate and one of what it is multiplied with */
     }
     plan.depth = round_up(p->k, TILE_DEPTH);
+    plan.group = rotated_group(plan.depth);
     plan.columns = (gated ? p->n / 2 : p->n) / LANES + ((gated ? p->n / 2 : p->n) % LANES != 0);
     int width = gated ? plan.blocks / 2 : plan.blocks;
     plan.panels = (plan.columns + width - 1) / width;
     int64_t blocks = (p->rows + ROW_BLOCK - 1) / ROW_BLOCK; /* of rows, as even as they can be */
     int64_t block = round_up((p->rows + blocks - 1) / blocks, MOST_ROWS);
     int64_t most = p->rows < block ? p->rows : block;
-    int64_t pad = plan.tiled && most <= 16 ? 16 : plan.grid_rows;
+    int64_t pad = on_tiles(p) && most <= 16 ? 16 : plan.grid_rows;
     plan.x = p->x_tiles ? (factor *)p->x : quartet_scratch(0, round_up(most, pad) * plan.depth * (int64_t)sizeof(factor));
     if (!plan.x)
         return -1;

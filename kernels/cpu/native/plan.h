@@ -4,6 +4,7 @@
 #include "adapters.h"
 #include "api.h"
 #include "ends.h"
+#include "hadamard.h"
 #include "integers.h"
 #include "sums.h"
 #include "vector.h"
@@ -16,6 +17,8 @@ struct plan {
     const struct product *p;
     int tiled;            /* x is packed in AMX tiles */
     int integers;         /* x is packed as int8 */
+    int integer_tiles;    /* x is packed as int8 in AMX tiles, see integer_tiles.h */
+    int rotated;          /* x is rotated */
     int grid_rows;        /* rows of a tile of sums */
     int blocks;           /* blocks of 16 columns of a tile of sums */
     int64_t depth;        /* k, padded */
@@ -24,10 +27,12 @@ struct plan {
     int64_t padded_rows;  /* of a block of rows */
     int64_t piece;        /* of k: numbers that are summed before the next panel's turn */
     int64_t step;         /* of a piece: numbers that are summed before the next rows' turn */
-    factor *x;            /* the rows of one block, normed; tiles of bfloat16 if `tiled` */
+    int64_t group;        /* of k: numbers of x and the weight that share a scale, if `integer_tiles` */
+    factor *x;            /* the rows of one block, normed; tiles of bfloat16 if `tiled`, of int8 if `integer_tiles` */
+    float *row_scales;    /* (groups, padded_rows), if `integer_tiles` */
     struct integer_rows rows; /* instead, if `integers` */
     struct added added;       /* by adapters */
-    const struct plan *plain; /* prepares the rows for adapters where they are integers; or null */
+    const struct plan *plain; /* prepares the rows for adapters where they are integers or rotated; or null */
 };
 
 INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -44,20 +49,73 @@ INLINE int64_t block_of(const struct plan *plan, int64_t panel, int place) {
     return column;
 }
 
+/* The panel that a thread most likely takes after `panel`, the last of whose chunk is the one before `end`. */
+INLINE int64_t panel_after(const struct plan *plan, int64_t panel, int64_t begin, int64_t end) {
+    return panel + 1 < end ? panel + 1 : end + (end - begin) * (plan->p->threads - 1);
+}
+
 INLINE const bf16 *packed_block(const struct plan *plan, int64_t block, int64_t from) {
     return plan->p->packed + block * plan->depth * LANES + from * LANES;
 }
 
 /* ---- rows on their way in ---- */
 
-/* Numbers `from` to `to` of row `row` of the block, both multiples of TILE_DEPTH: normed, padded with zeros, in the form
+/* 16 numbers of a row of the block, in the form that the inner loops of floats read. */
+INLINE void store_part(const struct plan *plan, int64_t row, int64_t at, const bf16 *numbers) {
+    if (plan->tiled) {
+        bf16 *tile = (bf16 *)plan->x + row / 16 * 16 * plan->depth + at / TILE_DEPTH * 16 * TILE_DEPTH;
+        memcpy(tile + row % 16 * TILE_DEPTH + at % TILE_DEPTH, numbers, LANES * 2);
+    } else {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+        memcpy(plan->x + row * plan->depth + at, numbers, LANES * 2);
+#else
+        vec_store(plan->x + row * plan->depth + at, vec_load_bf16(numbers));
+#endif
+    }
+}
+
+/* ROTATED numbers of a row of the product, normed and rotated; zeros of a row that is not there. */
+INLINE void load_rotated_part(const struct product *p, int64_t row, float scale, int64_t at, vec *numbers) {
+    for (int i = 0; i < ROTATED_VECS; i++) {
+        bf16 some[LANES] = {0};
+        if (row < p->rows)
+            load_normed(p, p->x + row * p->x_stride, scale, at + i * LANES, some);
+        numbers[i] = vec_load_bf16(some);
+    }
+    rotate_numbers(numbers);
+}
+
+/* As `prepare_part`; `from` and `to` are multiples of ROTATED. */
+INLINE void prepare_rotated(const struct plan *plan, int64_t first, int64_t row, int64_t from, int64_t to, float scale) {
+    for (int64_t at = from; at < to; at += ROTATED) {
+        vec numbers[ROTATED_VECS];
+        load_rotated_part(plan->p, first + row, scale, at, numbers);
+        for (int i = 0; i < ROTATED_VECS; i += 2) {
+            int64_t place = at + i * LANES;
+            if (plan->integers) {
+                store_integers(&plan->rows, row, place / TILE_DEPTH, numbers[i], numbers[i + 1]);
+                continue;
+            }
+            for (int next = 0; next < 2; next++) {
+                bf16 some[LANES];
+                vec_store_bf16(some, numbers[i + next]);
+                store_part(plan, row, place + next * LANES, some);
+            }
+        }
+    }
+}
+
+/* Numbers `from` to `to` of row `row` of the block, both multiples of `least_part`: normed, padded with zeros, in the form
  * that the inner loops read. */
 OUTLINE void prepare_part(const struct plan *plan, int64_t first, int64_t row, int64_t from, int64_t to) {
     const struct product *p = plan->p;
-    int64_t depth = plan->depth;
     int there = first + row < p->rows;
     const bf16 *x = there ? p->x + (first + row) * p->x_stride : 0;
     float scale = there && p->norm ? row_scale(x, p->k, p->epsilon) : 1.0f;
+    if (plan->rotated) {
+        prepare_rotated(plan, first, row, from, to, scale);
+        return;
+    }
     for (int64_t at = from; at < to; at += LANES) {
         bf16 numbers[LANES] = {0};
         if (there)
@@ -70,18 +128,11 @@ OUTLINE void prepare_part(const struct plan *plan, int64_t first, int64_t row, i
             at += LANES;
             continue;
         }
-        if (plan->tiled) {
-            bf16 *tile = (bf16 *)plan->x + row / 16 * 16 * depth + at / TILE_DEPTH * 16 * TILE_DEPTH;
-            memcpy(tile + row % 16 * TILE_DEPTH + at % TILE_DEPTH, numbers, sizeof numbers);
-        } else {
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-            memcpy(plan->x + row * depth + at, numbers, sizeof numbers);
-#else
-            vec_store(plan->x + row * depth + at, vec_load_bf16(numbers));
-#endif
-        }
+        store_part(plan, row, at, numbers);
     }
 }
+
+INLINE int64_t least_part(const struct plan *plan) { return plan->rotated ? ROTATED : TILE_DEPTH; }
 
 /* A thread's share of the rows of a block, padding included. `count` rows that are fewer than threads are divided by their
  * numbers, so that a thread looks at two rows at most for their norm. */
@@ -91,13 +142,13 @@ INLINE void prepare_rows(const struct plan *plan, int64_t first, int64_t count, 
             prepare_part(plan, first, row, 0, plan->depth);
         return;
     }
-    int64_t depth = plan->depth, units = depth / TILE_DEPTH;
-    int64_t from = count * units * thread / threads * TILE_DEPTH, to = count * units * (thread + 1) / threads * TILE_DEPTH;
+    int64_t depth = plan->depth, unit = least_part(plan), units = depth / unit;
+    int64_t from = count * units * thread / threads * unit, to = count * units * (thread + 1) / threads * unit;
     for (int64_t row = from / depth; row * depth < to; row++) {
         int64_t begin = row * depth, end = begin + depth;
         prepare_part(plan, first, row, (from > begin ? from : begin) - begin, (to < end ? to : end) - begin);
     }
-    from = units * thread / threads * TILE_DEPTH, to = units * (thread + 1) / threads * TILE_DEPTH;
+    from = units * thread / threads * unit, to = units * (thread + 1) / threads * unit;
     for (int64_t row = count; row < rows; row++) /* padding */
         prepare_part(plan, first, row, from, to);
 }

@@ -1,6 +1,7 @@
 /* Quantized weights: made from floats, packed in blocks, and read back row by row. For any machine with AVX2. */
 #pragma GCC target("avx2,fma,f16c")
 #include "quantized.h"
+#include "hadamard.h"
 #include "pool.h"
 
 #define FEW_NUMBERS 16384  /* so many are read before a second thread is awake */
@@ -12,7 +13,7 @@
 struct quantizing {
     const bf16 *x; /* (n, k), rows `stride` apart */
     int64_t n, k, stride;
-    int32_t bits, group, zero;
+    int32_t bits, group, zero, rotated;
     uint8_t *numbers;        /* (n, units * 32) */
     float *scales, *offsets; /* (n, units * 32 / group); offsets may be null */
     atomic_long next;
@@ -165,11 +166,46 @@ INLINE int is_finite(const struct group *g) {
     return vec_sum(sum) == 0;
 }
 
+/* ROTATED numbers of a row, rotated. */
+INLINE void load_rotated(const bf16 *x, vec *numbers) {
+    for (int i = 0; i < ROTATED_VECS; i++)
+        numbers[i] = vec_load_bf16(x + i * LANES);
+    rotate_numbers(numbers);
+}
+
+/* A row in groups of many numbers, of which the largest gets the largest integer; every 32 numbers name the scale. */
+static void quantize_rotated(const struct quantizing *q, int64_t row) {
+    int64_t size = rotated_group(q->k);
+    float most = (float)(q->zero - 1), none = 0.0f;
+    for (int64_t from = 0; from < q->k; from += size) {
+        int64_t count = q->k - from < size ? q->k - from : size, place = row * q->k + from;
+        vec numbers[MOST_GROUP / LANES], largest = vec_set(none), check = vec_set(none);
+        for (int64_t at = 0; at < count; at += ROTATED) {
+            load_rotated(q->x + row * q->stride + from + at, numbers + at / LANES);
+            for (int64_t i = at / LANES; i < (at + ROTATED) / LANES; i++) {
+                largest = vec_max(largest, vec_max(numbers[i], vec_sub(vec_set(none), numbers[i])));
+                check = vec_fma(numbers[i], vec_set(none), check); /* comparisons lose a NaN */
+            }
+        }
+        float scale = as_half(vec_largest(largest) / most), inverse = scale > 0 ? 1.0f / scale : 0.0f;
+        for (int64_t i = 0; i < count / LANES; i++) {
+            vec number = clamp(vec_round(vec_mul(numbers[i], vec_set(inverse))), -most, most);
+            store_numbers(q->numbers + place + i * LANES, vec_add(number, vec_set((float)q->zero)));
+        }
+        for (int64_t unit = 0; unit < count / TILE_DEPTH; unit++)
+            q->scales[place / TILE_DEPTH + unit] = vec_sum(check) == 0 ? scale : NAN;
+    }
+}
+
 static void quantize_rows(void *argument, int thread, int threads) {
     (void)thread, (void)threads;
     struct quantizing *q = argument;
     int64_t size = q->group, groups = (q->k + 31) / 32 * (32 / size), row;
-    while ((row = quartet_next(&q->next)) < q->n)
+    while ((row = quartet_next(&q->next)) < q->n) {
+        if (q->rotated) {
+            quantize_rotated(q, row);
+            continue;
+        }
         for (int64_t group = 0; group < groups; group++) {
             bf16 some[32] = {0};
             int64_t from = group * size, count = q->k - from < size ? q->k - from : size, place = row * groups + group;
@@ -188,12 +224,15 @@ static void quantize_rows(void *argument, int thread, int threads) {
             if (!is_finite(&g))
                 q->scales[place] = NAN;
         }
+    }
 }
 
-/* x (n, k) quantized; rows are filled up with zeros. Without offsets (null): symmetric around `zero`. */
+/* x (n, k) quantized; rows are filled up with zeros. Without offsets (null): symmetric around `zero`. `rotated`: k is a
+ * multiple of ROTATED, there are 8 bits, no offsets, and scales for each 32 numbers. */
 void quartet_quantize(const uint16_t *x, int64_t n, int64_t k, int64_t stride, int32_t bits, int32_t group,
-                      int32_t zero, uint8_t *numbers, float *scales, float *offsets, int32_t threads) {
+                      int32_t zero, int32_t rotated, uint8_t *numbers, float *scales, float *offsets, int32_t threads) {
     struct quantizing q = {.x = x, .n = n, .k = k, .stride = stride, .bits = bits, .group = group, .zero = zero};
+    q.rotated = rotated;
     q.numbers = numbers, q.scales = scales, q.offsets = offsets;
     quartet_run(quantize_rows, &q, threads);
 }
@@ -212,7 +251,8 @@ struct blocking {
 
 static void put_line(const uint8_t *numbers, int bits, int number, uint8_t *unit) {
     if (bits == 8) {
-        memcpy(unit + number * 64, numbers, 64);
+        for (int i = 0; i < 64; i++)
+            unit[number * 64 + i] = numbers[i] ^ SIGN;
         return;
     }
     for (int i = 0; i < 64; i++)
@@ -278,7 +318,7 @@ INLINE void numbers_at(int bits, const uint8_t *unit, int column, float *out) {
         int place = column * 4;
         const uint8_t *line = unit + (bits == 8 ? number : number / 2) * 64 + place;
         for (int i = 0; i < 4; i++) {
-            int value = bits == 8 ? line[i] : line[i] >> (number % 2 * 4) & 15;
+            int value = bits == 8 ? line[i] ^ SIGN : line[i] >> (number % 2 * 4) & 15;
             for (int plane = 0; plane < bits - 4 && bits < 8; plane++) {
                 int eight = unit[256 + plane * 64 + number * 8 + place / 8];
                 value |= (eight >> (place % 8 + i) & 1) << (4 + plane);
@@ -288,21 +328,34 @@ INLINE void numbers_at(int bits, const uint8_t *unit, int column, float *out) {
     }
 }
 
-static void read_row(const struct reading *r, int64_t row, bf16 *out) {
+/* The 32 values of unit `unit` of a row. */
+INLINE void values_at(const struct reading *r, int64_t row, int64_t unit, vec *values) {
     const struct quantized *w = &r->weight;
     int column = (int)(row % LANES);
-    for (int64_t unit = 0; unit < r->units; unit++) {
-        int64_t place = row / LANES * r->units + unit, left = r->k - unit * 32;
-        float numbers[32];
-        bf16 values[32];
-        numbers_at(w->bits, w->numbers + place * 64 * w->bits, column, numbers);
-        for (int half = 0; half < 2; half++) {
-            const uint16_t *own = w->scales + (place * w->halves + (w->halves == 2 ? half : 0)) * (1 + w->offsets) * LANES + column;
-            float scale = _cvtsh_ss(own[0]), offset = w->offsets ? _cvtsh_ss(own[LANES]) : -scale * (float)w->zero;
-            vec value = vec_fma(vec_load(numbers + half * LANES), vec_set(scale), vec_set(offset));
-            vec_store_bf16(values + half * LANES, value);
-        }
-        memcpy(out + unit * 32, values, (size_t)(left < 32 ? left : 32) * 2);
+    int64_t place = row / LANES * r->units + unit;
+    float numbers[32];
+    numbers_at(w->bits, w->numbers + place * 64 * w->bits, column, numbers);
+    for (int half = 0; half < 2; half++) {
+        int64_t group = place * w->halves + (w->halves == 2 ? half : 0);
+        const uint16_t *own = w->scales + group * (1 + w->offsets) * LANES + column;
+        float scale = _cvtsh_ss(own[0]), offset = w->offsets ? _cvtsh_ss(own[LANES]) : -scale * (float)w->zero;
+        values[half] = vec_fma(vec_load(numbers + half * LANES), vec_set(scale), vec_set(offset));
+    }
+}
+
+static void read_row(const struct reading *r, int64_t row, bf16 *out) {
+    int64_t together = r->weight.rotated ? ROTATED / TILE_DEPTH : 1;
+    for (int64_t unit = 0; unit < r->units; unit += together) {
+        vec values[ROTATED_VECS];
+        bf16 numbers[ROTATED];
+        for (int64_t i = 0; i < together; i++)
+            values_at(r, row, unit + i, values + i * 2);
+        if (r->weight.rotated)
+            rotate_numbers(values);
+        for (int64_t i = 0; i < together * 2; i++)
+            vec_store_bf16(numbers + i * LANES, values[i]);
+        int64_t left = r->k - unit * 32, most = together * 32;
+        memcpy(out + unit * 32, numbers, (size_t)(left < most ? left : most) * 2);
     }
 }
 
@@ -314,8 +367,8 @@ static void read_rows(void *argument, int thread, int threads) {
         read_row(r, r->rows[index], r->out + index * r->k);
 }
 
-/* Some rows of a weight (n, k) as bfloat16 (count, k), the numbers that an exact product computes with; 0, or -1 where the
- * weight does not have one of them. */
+/* Some rows of a weight (n, k) as bfloat16 (count, k), turned back where it is rotated; else the numbers that an exact
+ * product computes with. 0, or -1 where the weight does not have one of them. */
 int quartet_quantized_rows(const struct quantized *weight, int64_t n, int64_t k, int64_t count, const int64_t *rows,
                            uint16_t *out, int32_t threads) {
     for (int64_t index = 0; index < count; index++)

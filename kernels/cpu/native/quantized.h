@@ -3,7 +3,8 @@
  * A block holds 16 columns of a product, in units of 32 numbers in k. A unit has eight lines of 64 numbers: for each
  * column four that are neighbours in k, as VPDPBUSD reads them. With 8 bits the lines lie one after the other. With
  * fewer, two lines share 64 bytes, the first in the lower four bits; behind them lie planes of further bits, one bit
- * for each number: 8 bytes for a line, 64 for a plane.
+ * for each number: 8 bytes for a line, 64 for a plane. Numbers of 8 bits are kept less SIGN, as signed ones: two units are
+ * then a tile of TDPBSSD as they are (integer_tiles.h).
  */
 #pragma once
 
@@ -12,8 +13,17 @@
 
 #define UNIT_LINES 8
 #define LINE_NUMBERS 64
+#define SIGN 128 /* as a byte: its highest bit */
+#define ROTATED 128    /* numbers of a row that are rotated together (hadamard.h): k of a rotated weight is a multiple */
+#define MOST_GROUP 512 /* numbers of a rotated row that share a scale, a multiple of ROTATED */
 
 INLINE int64_t quantized_units(int64_t depth) { return depth / TILE_DEPTH; }
+
+/* How many numbers of a rotated row share a scale; the last group may have fewer. */
+INLINE int64_t rotated_group(int64_t depth) {
+    int64_t blocks = depth / ROTATED, most = MOST_GROUP / ROTATED, groups = (blocks + most - 1) / most;
+    return (blocks + groups - 1) / groups * ROTATED;
+}
 
 INLINE const uint8_t *quantized_numbers(const struct quantized *w, int64_t depth, int64_t block, int64_t from) {
     return w->numbers + (block * quantized_units(depth) + quantized_units(from)) * 64 * w->bits;
@@ -39,7 +49,7 @@ typedef __m512i line;
 
 INLINE line number_line(const uint8_t *unit, int bits, int number) {
     if (bits == 8)
-        return _mm512_loadu_si512(unit + number * 64);
+        return _mm512_xor_si512(_mm512_loadu_si512(unit + number * 64), _mm512_set1_epi8((char)SIGN));
     line both = _mm512_loadu_si512(unit + number / 2 * 64);
     line x = _mm512_and_si512(number % 2 ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
     for (int plane = 0; plane < bits - 4; plane++) {
@@ -81,8 +91,10 @@ INLINE __m256i low_bits(__m256i both, int upper) {
 INLINE line number_line(const uint8_t *unit, int bits, int number) {
     const __m256i *from = (const __m256i *)(unit + (bits == 8 ? number : number / 2) * 64);
     line x = {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
-    if (bits == 8)
-        return x;
+    if (bits == 8) {
+        const __m256i sign = _mm256_set1_epi8((char)SIGN);
+        return (line){_mm256_xor_si256(x.low, sign), _mm256_xor_si256(x.high, sign)};
+    }
     x = (line){low_bits(x.low, number % 2), low_bits(x.high, number % 2)};
     for (int plane = 0; plane < bits - 4; plane++) {
         uint32_t ones[2];

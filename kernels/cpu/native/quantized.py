@@ -17,6 +17,7 @@ from quartet.kernels.cpu.native.structures import Quantized
 UNIT = 32  # numbers of a row that lie together in a block
 BITS = (4, 5, 6, 8)
 GROUP_SIZES = (16, 32)
+ROTATED_COLUMNS = 128  # are rotated together: a rotated weight has a multiple of them
 RowSource = Callable[[torch.Tensor], torch.Tensor]  # numbers of rows (count,) → (count, columns) bfloat16
 AT_ONCE = 4 << 20  # numbers that are quantized or put into blocks between two yield points
 
@@ -29,9 +30,10 @@ class Scheme:
     group_size: int  # numbers that share a scale, of GROUP_SIZES
     offsets: bool  # whether groups have offsets; else `zero_point` means 0
     zero_point: int = 0
+    rotated: bool = False  # rows are rotated, and groups of up to 512 numbers have the same scale, see hadamard.h
 
     def joined(self, other: "Scheme") -> "Scheme":
-        """The smallest scheme that holds the values of both, as they are."""
+        """The smallest scheme that holds the values of both, as they are; of a rotated one only where both are equal."""
         if self == other:
             return self
         same_zero_point = self.zero_point == other.zero_point and not (self.offsets or other.offsets)
@@ -51,6 +53,7 @@ class Scheme:
 
 
 INT8 = Scheme(8, UNIT, offsets=False, zero_point=128)
+ROTATED_INT8 = Scheme(8, UNIT, offsets=False, zero_point=128, rotated=True)
 INT4 = Scheme(4, UNIT, offsets=True)
 INT6 = Scheme(6, UNIT, offsets=False, zero_point=32)
 
@@ -161,7 +164,8 @@ class QuantizedWeight:
             return known
         scheme = self.scheme
         pointers = self.numbers.data_ptr(), self.scales.data_ptr()
-        made = Quantized(*pointers, scheme.bits, UNIT // scheme.group_size, scheme.offsets, scheme.zero_point, exact)
+        made = Quantized(*pointers, scheme.bits, UNIT // scheme.group_size, scheme.offsets, scheme.zero_point)
+        made.rotated, made.exact = scheme.rotated, exact
         made.owner = self.numbers, self.scales
         self._arguments[exact] = made
         return made
@@ -218,11 +222,12 @@ def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedRows:
     """The numbers that come nearest to a weight (rows, columns) bfloat16.
 
     With 8 bits and no offsets the largest value of a group gets the largest integer; else several scales are tried,
-    each improved by least squares, as ggml makes its K-quants.
+    each improved by least squares, as ggml makes its K-quants. Rows of a rotated scheme are rotated before.
     """
     native.check_matrix(weight)
     assert scheme.offsets or 1 < scheme.zero_point <= 1 << (scheme.bits - 1), scheme
     rows, columns = weight.shape
+    assert not scheme.rotated or columns % ROTATED_COLUMNS == 0, columns
     width = -(-columns // UNIT) * UNIT
     numbers = torch.empty(rows, width, dtype=torch.uint8)
     scales = torch.empty(rows, width // scheme.group_size)
@@ -235,6 +240,7 @@ def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedRows:
         scheme.bits,
         scheme.group_size,
         scheme.zero_point,
+        scheme.rotated,
         numbers.data_ptr(),
         scales.data_ptr(),
         None if offsets is None else offsets.data_ptr(),
@@ -279,7 +285,7 @@ def functions() -> ctypes.CDLL:
     pointer, size, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     if loaded.quartet_pack_quantized.argtypes is None:
         loaded.quartet_pack_quantized.argtypes = (*[pointer] * 3, size, size, small, small, pointer, pointer, small)
-        loaded.quartet_quantize.argtypes = (pointer, *[size] * 3, *[small] * 3, *[pointer] * 3, small)
+        loaded.quartet_quantize.argtypes = (pointer, *[size] * 3, *[small] * 4, *[pointer] * 3, small)
         loaded.quartet_quantized_rows.argtypes = (pointer, *[size] * 3, pointer, pointer, small)
         loaded.quartet_pack_quantized.restype = loaded.quartet_quantize.restype = None
     return loaded

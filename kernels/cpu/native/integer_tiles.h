@@ -1,0 +1,249 @@
+/* Products of many rows with rotated weights of 8 bits, as tiles of integers (AMX).
+ *
+ * Rows become int8 as the weight is, with a scale for each row and group of up to MOST_GROUP numbers in k. A job is one
+ * group for 32 rows and 32 columns: its four tiles of 32-bit sums go to memory, from where they are scaled and added to the
+ * sums of the product as floats. That takes almost as long as the tiles do, so it is done between the tiles of the job that
+ * follows: the upper two tiles of a job are stored at its end, the lower two in the middle of the next job.
+ */
+#pragma once
+
+#include "hadamard.h"
+#include "plan.h"
+
+#if defined(__AMX_BF16__)
+
+#define STEP 64             /* numbers in k of a tile */
+#define TILE_BYTES 1024     /* 16 rows, or columns, of STEP numbers */
+#define TILE_SUMS (16 * LANES)
+#define JOB_COLUMNS (2 * LANES)
+#define LEAST_LARGEST_TILE 1e-36f /* 127 over less is not finite: such numbers are taken for zeros */
+
+/* ---- rows on their way in ---- */
+
+/* A group of a row: rotated, rounded to int8, in tiles (row block, depth / STEP, 16, STEP); its scale to row_scales. */
+OUTLINE void prepare_group(const struct plan *plan, int64_t first, int64_t row, int64_t from, float row_scale) {
+    const struct product *p = plan->p;
+    int64_t count = plan->depth - from < plan->group ? plan->depth - from : plan->group;
+    vec numbers[MOST_GROUP / LANES], none = vec_set(0.0f), largest = none, check = none;
+    for (int64_t at = 0; at < count; at += ROTATED) {
+        load_rotated_part(p, first + row, row_scale, from + at, numbers + at / LANES);
+        for (int64_t i = at / LANES; i < (at + ROTATED) / LANES; i++) {
+            largest = vec_max(largest, vec_max(numbers[i], vec_sub(none, numbers[i])));
+            check = vec_fma(numbers[i], none, check); /* comparisons lose a NaN */
+        }
+    }
+    float most = vec_largest(largest), inverse = most > LEAST_LARGEST_TILE ? 127.0f / most : 0.0f;
+    int finite = vec_sum(check) == 0 && most <= 3.4e38f;
+    plan->row_scales[from / plan->group * plan->padded_rows + row] = finite ? most / 127.0f : NAN;
+    int8_t *out = (int8_t *)plan->x + row / 16 * 16 * plan->depth + from * 16 + row % 16 * STEP;
+    for (int64_t i = 0; i < count / LANES; i++) {
+        __m512i whole = _mm512_cvtps_epi32(vec_mul(finite ? numbers[i] : none, vec_set(inverse)));
+        _mm_storeu_si128((__m128i *)(out + i / 4 * TILE_BYTES + i % 4 * LANES), _mm512_cvtepi32_epi8(whole));
+    }
+}
+
+OUTLINE void prepare_integer_tiles(const struct plan *plan, int64_t first, int64_t row) {
+    const struct product *p = plan->p;
+    int there = first + row < p->rows;
+    float scale = there && p->norm ? row_scale(p->x + (first + row) * p->x_stride, p->k, p->epsilon) : 1.0f;
+    for (int64_t from = 0; from < plan->depth; from += plan->group)
+        prepare_group(plan, first, row, from, scale);
+}
+
+/* ---- jobs ---- */
+
+/* A job's sums on their way to those of the product. */
+struct scaled {
+    const float *row_scales; /* of 32 rows */
+    vec scales[2];           /* of 32 columns */
+    float *sums;             /* (32, JOB_COLUMNS) of the product */
+    __mmask16 kept;          /* all ones where earlier groups are in `sums`, else 0 */
+};
+
+/* What a job asks for on its way, in each step of k: some cache lines of what is read next. */
+struct asked {
+    const uint8_t *from[2]; /* of each block, or null */
+    int lines;
+};
+
+struct job_tiles {
+    const int8_t *x; /* a row block; the second lies `stride` behind */
+    int64_t stride;
+    const uint8_t *weight[2];
+    const struct scaled *before; /* the job whose sums are in `sums`, and in tiles 2 and 3 */
+    int32_t *sums;               /* four tiles */
+    struct asked asked;
+};
+
+INLINE void scale_rows(const struct scaled *job, const int32_t *sums, int begin, int end) {
+#pragma GCC unroll 4
+    for (int row = begin; row < end; row++) {
+        const int32_t *own = sums + row / 16 * 2 * TILE_SUMS + row % 16 * LANES;
+        float *to = job->sums + row * JOB_COLUMNS;
+        vec scale = vec_set(job->row_scales[row]);
+        vec first = vec_mul(_mm512_cvtepi32_ps(_mm512_load_si512(own)), scale);
+        vec second = vec_mul(_mm512_cvtepi32_ps(_mm512_load_si512(own + TILE_SUMS)), scale);
+        vec_store(to, vec_fma(first, job->scales[0], _mm512_maskz_loadu_ps(job->kept, to)));
+        vec_store(to + LANES, vec_fma(second, job->scales[1], _mm512_maskz_loadu_ps(job->kept, to + LANES)));
+    }
+}
+
+INLINE void ask(const struct asked *asked, int step) {
+#pragma GCC unroll 2
+    for (int block = 0; block < 2; block++)
+        for (int line = 0; asked->from[block] && line < asked->lines; line++)
+            _mm_prefetch((const char *)asked->from[block] + (step * asked->lines + line) * CACHE_LINE, _MM_HINT_T0);
+}
+
+/* `steps` of k and `halves` (row blocks) are constants of the caller. */
+INLINE void run_job(int steps, int halves, const struct job_tiles *job) {
+    const struct scaled before = *job->before;
+    const uint8_t *first = job->weight[0], *second = job->weight[1];
+    const int8_t *x = job->x, *lower = x + job->stride;
+    int slots = 2 * steps;
+    _tile_zero(0);
+    _tile_zero(1);
+#pragma GCC unroll 8
+    for (int step = 0; step < steps; step++) {
+        ask(&job->asked, step);
+        _tile_loadd(6, first + step * TILE_BYTES, STEP);
+        _tile_loadd(4, x + step * TILE_BYTES, STEP);
+        _tile_dpbssd(0, 4, 6);
+        scale_rows(&before, job->sums, 2 * step * 16 / slots, (2 * step + 1) * 16 / slots);
+        _tile_loadd(7, second + step * TILE_BYTES, STEP);
+        _tile_dpbssd(1, 4, 7);
+        scale_rows(&before, job->sums, (2 * step + 1) * 16 / slots, (2 * step + 2) * 16 / slots);
+    }
+    if (halves == 2) {
+        _tile_stored(2, job->sums + 2 * TILE_SUMS, STEP);
+        _tile_stored(3, job->sums + 3 * TILE_SUMS, STEP);
+        _tile_zero(2);
+        _tile_zero(3);
+#pragma GCC unroll 8
+        for (int done = 0; done < steps; done++) { /* backwards: the weight's last tiles are there */
+            int step = steps - 1 - done;
+            if (done)
+                _tile_loadd(6, first + step * TILE_BYTES, STEP);
+            _tile_loadd(5, lower + step * TILE_BYTES, STEP);
+            _tile_dpbssd(2, 5, 6);
+            scale_rows(&before, job->sums, 16 + 2 * done * 16 / slots, 16 + (2 * done + 1) * 16 / slots);
+            if (done)
+                _tile_loadd(7, second + step * TILE_BYTES, STEP);
+            _tile_dpbssd(3, 5, 7);
+            scale_rows(&before, job->sums, 16 + (2 * done + 1) * 16 / slots, 16 + (2 * done + 2) * 16 / slots);
+        }
+    }
+    _tile_stored(0, job->sums, STEP);
+    _tile_stored(1, job->sums + TILE_SUMS, STEP);
+}
+
+OUTLINE void run_any_job(int64_t steps, int halves, const struct job_tiles *job) {
+    switch (steps * 2 + halves) {
+    case 5: run_job(2, 1, job); return;
+    case 6: run_job(2, 2, job); return;
+    case 9: run_job(4, 1, job); return;
+    case 10: run_job(4, 2, job); return;
+    case 13: run_job(6, 1, job); return;
+    case 14: run_job(6, 2, job); return;
+    case 17: run_job(8, 1, job); return;
+    default: run_job(8, 2, job); return;
+    }
+}
+
+/* ---- panels ---- */
+
+/* One group of a panel. */
+struct group_place {
+    int64_t panel, from;
+};
+
+/* What a thread has begun: the job whose sums are on their way, and where its rows stand. */
+struct begun {
+    struct scaled scaled;
+    int64_t panel, row, rows; /* what is written when the sums are complete; rows 0: nothing */
+};
+
+INLINE const uint8_t *group_numbers(const struct plan *plan, struct group_place at, int place) {
+    return quantized_numbers(&plan->p->quantized, plan->depth, block_of(plan, at.panel, place), at.from);
+}
+
+INLINE const uint16_t *group_scales(const struct plan *plan, struct group_place at, int place) {
+    return quantized_scales(&plan->p->quantized, plan->depth, block_of(plan, at.panel, place), at.from);
+}
+
+/* What a job asks for. Of few rows the first 32 ask for all of the group that comes next; of many each asks for a share. */
+INLINE struct asked asked_by(const struct plan *plan, struct group_place next, int64_t row, int64_t steps) {
+    struct asked asked = {{0, 0}, 16};
+    if (plan->padded_rows <= MANY_ROWS) {
+        for (int place = 0; place < 2 && !row; place++)
+            asked.from[place] = group_numbers(plan, next, place);
+        return asked;
+    }
+    int64_t jobs = plan->padded_rows / GRID_ROWS, job = row / GRID_ROWS, half = (jobs + 1) / 2;
+    asked.lines = (int)((16 + half - 1) / half);
+    asked.from[0] = group_numbers(plan, next, job >= half) + job % half * steps * asked.lines * CACHE_LINE;
+    return asked;
+}
+
+INLINE void write_begun(const struct plan *plan, int64_t first, const struct begun *begun) {
+    if (!begun->rows)
+        return;
+    if (plan->added.jobs)
+        add_adapters(plan, begun->panel, begun->row, begun->rows, begun->scaled.sums, JOB_COLUMNS);
+    write_tile(plan, begun->panel, first + begun->row, begun->rows, begun->scaled.sums, JOB_COLUMNS);
+}
+
+/* All rows of a block through one group of a panel. `next`: the group that comes after it. */
+INLINE void compute_group(const struct plan *plan, int64_t first, int64_t rows, struct group_place at,
+                          struct group_place next, float *kept, int32_t *sums, struct begun *begun) {
+    int64_t size = plan->depth - at.from < plan->group ? plan->depth - at.from : plan->group, steps = size / STEP;
+    int halves = plan->padded_rows > 16 ? 2 : 1, last = at.from + size == plan->depth;
+    struct job_tiles job = {.stride = 16 * plan->depth, .sums = sums, .before = &begun->scaled};
+    struct scaled scaled = {.kept = at.from ? 0xFFFF : 0};
+    for (int place = 0; place < 2; place++) {
+        job.weight[place] = group_numbers(plan, at, place);
+        scaled.scales[place] = vec_load_half(group_scales(plan, at, place));
+        _mm_prefetch((const char *)group_scales(plan, next, place), _MM_HINT_T0);
+    }
+    for (int64_t row = 0; row < rows; row += GRID_ROWS) {
+        int64_t some = rows - row < GRID_ROWS ? rows - row : GRID_ROWS;
+        job.x = (const int8_t *)plan->x + row * plan->depth + at.from * 16;
+        job.asked = asked_by(plan, next, row, steps);
+        run_any_job(steps, halves, &job);
+        write_begun(plan, first, begun);
+        scaled.row_scales = plan->row_scales + at.from / plan->group * plan->padded_rows + row;
+        scaled.sums = kept + row * JOB_COLUMNS;
+        *begun = (struct begun){scaled, at.panel, row, last ? some : 0};
+    }
+}
+
+/* All rows of a block through some panels. `kept`: sums of (panels of a chunk or 1, padded rows, JOB_COLUMNS), aligned. */
+static void compute_integer_tiles(const struct plan *plan, int64_t first, int64_t rows, int64_t begin, int64_t end,
+                                  float *kept) {
+    float unused[GRID_ROWS * JOB_COLUMNS] __attribute__((aligned(CACHE_LINE)));
+    int32_t sums[4 * TILE_SUMS] __attribute__((aligned(CACHE_LINE)));
+    float none[GRID_ROWS] = {0};
+    struct begun begun = {.scaled = {.row_scales = none, .scales = {vec_set(0.0f), vec_set(0.0f)}, .sums = unused}};
+    int64_t piece = plan->piece < plan->depth ? plan->group : plan->depth, size = plan->padded_rows * JOB_COLUMNS;
+    memset(sums, 0, sizeof sums);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t part = 0; part < plan->depth; part += piece)
+        for (int64_t panel = begin; panel < end; panel++)
+            for (int64_t from = part; from < part + piece && from < plan->depth; from += plan->group) {
+                struct group_place next = {panel, from + plan->group};
+                if (next.from >= part + piece || next.from >= plan->depth)
+                    next = (struct group_place){panel_after(plan, panel, begin, end), part};
+                float *own = kept + (piece < plan->depth ? panel - begin : 0) * size;
+                compute_group(plan, first, rows, (struct group_place){panel, from}, next, own, sums, &begun);
+            }
+    scale_rows(&begun.scaled, sums, 0, 16);
+    if (plan->padded_rows > 16) {
+        _tile_stored(2, sums + 2 * TILE_SUMS, STEP);
+        _tile_stored(3, sums + 3 * TILE_SUMS, STEP);
+        scale_rows(&begun.scaled, sums, 16, 32);
+    }
+    write_begun(plan, first, &begun);
+}
+
+#endif
