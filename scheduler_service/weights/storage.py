@@ -8,13 +8,23 @@ the smallest scheme that holds the values of all (`Scheme.joined`).
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from functools import reduce
 
 import torch
 import xxhash
 
 from quartet.kernels.cpu.native import library as native
-from quartet.kernels.cpu.native.quantized import INT4, INT6, INT8, QuantizedRows, Scheme, step_of
+from quartet.kernels.cpu.native.quantized import (
+    INT4,
+    INT6,
+    INT8,
+    ROTATED_COLUMNS,
+    ROTATED_INT8,
+    QuantizedRows,
+    Scheme,
+    step_of,
+)
 from quartet.runtime.config import WeightScheme
 from quartet.runtime.errors import StartupError
 from quartet.scheduler_service.weights import file_rows
@@ -41,6 +51,7 @@ PRODUCTS = (
     *("beside_left", "beside_right", "stream_in", "stream_out"),
 )
 CHOICES = {"int8": INT8, "int4": INT4}
+FEED_FORWARD = ("gate_up", "down", "expert_gate_up", "expert_down", "shared_gate_up", "shared_down")
 BOTH_SIDES_OF = {"int8": INT8, "int4": INT6}  # embeddings and head are a third of a small model
 
 
@@ -64,9 +75,7 @@ def schemes_of(
                 f"--quantization {choice} needs the kernels that gcc compiles at the first start; leave it out to "
                 "serve the model in its own number format"
             )
-        wanted = {
-            slab: BOTH_SIDES_OF[choice] if slab[0] in BOTH_SIDES else CHOICES[choice] for slab in slabs_of(layout)
-        }
+        wanted = {slab: chosen_scheme(choice, slab, layout) for slab in slabs_of(layout)}
     elif can and checkpoint is not None and any(stored_scheme(checkpoint, name) for name in layout.places):
         if native.library() is None:
             return {}
@@ -74,6 +83,19 @@ def schemes_of(
     else:
         return {}
     return whole_buffers(layout, wanted)
+
+
+def chosen_scheme(choice: str, slab: Slab, layout: Layout) -> Scheme:
+    """The scheme of a slab by --quantization int8 or int4.
+
+    With int8, the weights of feed-forward blocks are rotated: they are most of a model, and many rows are multiplied with
+    them as integers. Attention keeps groups of 32, for its products lose more by larger ones.
+    """
+    buffer, _ = slab
+    if buffer in BOTH_SIDES:
+        return BOTH_SIDES_OF[choice]
+    rotates = choice == "int8" and kind_of(buffer) in FEED_FORWARD
+    return ROTATED_INT8 if rotates and layout.buffers[buffer][-1] % ROTATED_COLUMNS == 0 else CHOICES[choice]
 
 
 def can_quantize(dtype: torch.dtype, device: torch.device) -> bool:
@@ -84,14 +106,14 @@ def can_quantize(dtype: torch.dtype, device: torch.device) -> bool:
 def recorded(schemes: Schemes) -> list[WeightScheme]:
     """Schemes as a record of what serves has them."""
     return [
-        WeightScheme(buffer, index, scheme.bits, scheme.group_size, scheme.offsets, scheme.zero_point)
+        WeightScheme(buffer, index, *astuple(scheme))
         for (buffer, index), scheme in schemes.items()
     ]
 
 
 def schemes_in(schemes: list[WeightScheme]) -> Schemes:
     """The schemes of a record: the reverse of `recorded`."""
-    return {(f.buffer, f.index): Scheme(f.bits, f.group_size, f.offsets, f.zero_point) for f in schemes}
+    return {(f.buffer, f.index): Scheme(f.bits, f.group_size, f.offsets, f.zero_point, f.rotated) for f in schemes}
 
 
 def slabs_of(layout: Layout) -> dict[Slab, list[str]]:

@@ -11,30 +11,30 @@
 
 #define ROTATED_VECS (ROTATED / LANES)
 
-#if defined(__AVX512F__)
+/* By step: 1, or -1 for the second of two lanes that lie `1 << step` apart, which gets their difference. */
+static const float LANE_SIGNS[4][LANES] __attribute__((aligned(64), unused)) = {
+    {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1},
+    {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1},
+    {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1},
+    {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1},
+};
 
-INLINE vec negated(vec x, __mmask16 lanes) {
-    return _mm512_castsi512_ps(_mm512_mask_xor_epi32(_mm512_castps_si512(x), lanes, _mm512_castps_si512(x),
-                                                     _mm512_set1_epi32((int)0x80000000)));
-}
+#if defined(__AVX512F__)
 
 /* Sums and differences of the lanes of one register. */
 INLINE vec rotate_lanes(vec x) {
-    x = _mm512_add_ps(_mm512_permute_ps(x, 0xB1), negated(x, 0xAAAA));
-    x = _mm512_add_ps(_mm512_permute_ps(x, 0x4E), negated(x, 0xCCCC));
-    x = _mm512_add_ps(_mm512_shuffle_f32x4(x, x, 0xB1), negated(x, 0xF0F0));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(x, x, 0x4E), negated(x, 0xFF00));
+    x = vec_fma(x, vec_load(LANE_SIGNS[0]), _mm512_permute_ps(x, 0xB1));
+    x = vec_fma(x, vec_load(LANE_SIGNS[1]), _mm512_permute_ps(x, 0x4E));
+    x = vec_fma(x, vec_load(LANE_SIGNS[2]), _mm512_shuffle_f32x4(x, x, 0xB1));
+    return vec_fma(x, vec_load(LANE_SIGNS[3]), _mm512_shuffle_f32x4(x, x, 0x4E));
 }
 
 #else
 
 INLINE __m256 rotate_eight(__m256 x) {
-    const __m256 ones = _mm256_setr_ps(0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f);
-    const __m256 twos = _mm256_setr_ps(0.0f, 0.0f, -0.0f, -0.0f, 0.0f, 0.0f, -0.0f, -0.0f);
-    const __m256 fours = _mm256_setr_ps(0.0f, 0.0f, 0.0f, 0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
-    x = _mm256_add_ps(_mm256_permute_ps(x, 0xB1), _mm256_xor_ps(x, ones));
-    x = _mm256_add_ps(_mm256_permute_ps(x, 0x4E), _mm256_xor_ps(x, twos));
-    return _mm256_add_ps(_mm256_permute2f128_ps(x, x, 1), _mm256_xor_ps(x, fours));
+    x = _mm256_fmadd_ps(x, _mm256_load_ps(LANE_SIGNS[0]), _mm256_permute_ps(x, 0xB1));
+    x = _mm256_fmadd_ps(x, _mm256_load_ps(LANE_SIGNS[1]), _mm256_permute_ps(x, 0x4E));
+    return _mm256_fmadd_ps(x, _mm256_load_ps(LANE_SIGNS[2]), _mm256_permute2f128_ps(x, x, 1));
 }
 
 INLINE vec rotate_lanes(vec x) {
@@ -44,8 +44,10 @@ INLINE vec rotate_lanes(vec x) {
 
 #endif
 
-/* ROTATED numbers. Every instruction set adds in the same order, so the bits are the same. */
-INLINE void rotate_numbers(vec *x) {
+#define ROTATION_SCALE 0.08838834764831845f /* 1 / sqrt(ROTATED) */
+
+/* ROTATED numbers times sqrt(ROTATED). Every instruction set adds in the same order, so the bits are the same. */
+INLINE void rotate_unscaled(vec *x) {
 #pragma GCC unroll 8
     for (int i = 0; i < ROTATED_VECS; i++)
         x[i] = rotate_lanes(x[i]);
@@ -58,7 +60,11 @@ INLINE void rotate_numbers(vec *x) {
                 x[i] = vec_add(first, second);
                 x[i + step] = vec_sub(first, second);
             }
+}
+
+INLINE void rotate_numbers(vec *x) {
+    rotate_unscaled(x);
 #pragma GCC unroll 8
     for (int i = 0; i < ROTATED_VECS; i++)
-        x[i] = vec_mul(x[i], vec_set(0.08838834764831845f)); /* 1 / sqrt(128) */
+        x[i] = vec_mul(x[i], vec_set(ROTATION_SCALE));
 }

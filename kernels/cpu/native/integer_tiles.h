@@ -16,38 +16,73 @@
 #define TILE_BYTES 1024     /* 16 rows, or columns, of STEP numbers */
 #define TILE_SUMS (16 * LANES)
 #define JOB_COLUMNS (2 * LANES)
-#define LEAST_LARGEST_TILE 1e-36f /* 127 over less is not finite: such numbers are taken for zeros */
 
 /* ---- rows on their way in ---- */
 
-/* A group of a row: rotated, rounded to int8, in tiles (row block, depth / STEP, 16, STEP); its scale to row_scales. */
-OUTLINE void prepare_group(const struct plan *plan, int64_t first, int64_t row, int64_t from, float row_scale) {
-    const struct product *p = plan->p;
-    int64_t count = plan->depth - from < plan->group ? plan->depth - from : plan->group;
-    vec numbers[MOST_GROUP / LANES], none = vec_set(0.0f), largest = none, check = none;
-    for (int64_t at = 0; at < count; at += ROTATED) {
-        load_rotated_part(p, first + row, row_scale, from + at, numbers + at / LANES);
-        for (int64_t i = at / LANES; i < (at + ROTATED) / LANES; i++) {
-            largest = vec_max(largest, vec_max(numbers[i], vec_sub(none, numbers[i])));
-            check = vec_fma(numbers[i], none, check); /* comparisons lose a NaN */
+/* ROTATED numbers of a row that is there, normed and rotated, times sqrt(ROTATED). */
+INLINE void load_group_part(const struct product *p, const bf16 *x, float scale, int64_t at, vec *numbers) {
+#pragma GCC unroll 8
+    for (int i = 0; i < ROTATED_VECS; i++) {
+        numbers[i] = vec_load_bf16(x + at + i * LANES);
+        if (p->norm) {
+            vec weight = vec_add(vec_load_bf16(p->norm + at + i * LANES), vec_set(p->norm_offset));
+            numbers[i] = vec_mul(vec_mul(numbers[i], vec_set(scale)), weight);
         }
     }
-    float most = vec_largest(largest), inverse = most > LEAST_LARGEST_TILE ? 127.0f / most : 0.0f;
-    int finite = vec_sum(check) == 0 && most <= 3.4e38f;
-    plan->row_scales[from / plan->group * plan->padded_rows + row] = finite ? most / 127.0f : NAN;
-    int8_t *out = (int8_t *)plan->x + row / 16 * 16 * plan->depth + from * 16 + row % 16 * STEP;
-    for (int64_t i = 0; i < count / LANES; i++) {
-        __m512i whole = _mm512_cvtps_epi32(vec_mul(finite ? numbers[i] : none, vec_set(inverse)));
-        _mm_storeu_si128((__m128i *)(out + i / 4 * TILE_BYTES + i % 4 * LANES), _mm512_cvtepi32_epi8(whole));
-    }
+    rotate_unscaled(numbers);
 }
 
+/* 64 numbers times `inverse`, rounded to int8. */
+INLINE __m512i rounded_bytes(const vec *numbers, vec inverse) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i whole[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        whole[i] = _mm512_cvtps_epi32(vec_mul(numbers[i], inverse));
+    __m512i first = _mm512_packs_epi32(whole[0], whole[1]), second = _mm512_packs_epi32(whole[2], whole[3]);
+    return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(first, second));
+}
+
+/* A group of a row: rotated, rounded to int8, in tiles (row block, depth / STEP, 16, STEP); returns its scale. */
+INLINE float prepare_group(const struct plan *plan, const bf16 *x, float row_scale, int64_t from, int64_t count,
+                           int8_t *out) {
+    vec numbers[MOST_GROUP / LANES];
+    __m512i largest = _mm512_setzero_si512(); /* bits of absolute values: those of what is no number are the largest */
+    for (int64_t at = 0; at < count; at += ROTATED) {
+        vec *own = numbers + at / LANES;
+        load_group_part(plan->p, x, row_scale, from + at, own);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROTATED_VECS; i++)
+            largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(own[i])));
+    }
+    uint32_t bits = _mm512_reduce_max_epu32(largest);
+    float most;
+    memcpy(&most, &bits, 4);
+    int finite = bits < 0x7F800000;
+    vec inverse = vec_set(finite && most > LEAST_LARGEST ? 127.0f / most : 0.0f);
+    for (int64_t at = 0; at < count; at += STEP, out += TILE_BYTES)
+        _mm512_storeu_si512(out, rounded_bytes(numbers + at / LANES, inverse));
+    return finite ? most / 127.0f * ROTATION_SCALE : NAN;
+}
+
+/* A row of the block; zeros if the product does not have it. */
 OUTLINE void prepare_integer_tiles(const struct plan *plan, int64_t first, int64_t row) {
     const struct product *p = plan->p;
+    const bf16 *x = p->x + (first + row) * p->x_stride;
     int there = first + row < p->rows;
-    float scale = there && p->norm ? row_scale(p->x + (first + row) * p->x_stride, p->k, p->epsilon) : 1.0f;
-    for (int64_t from = 0; from < plan->depth; from += plan->group)
-        prepare_group(plan, first, row, from, scale);
+    float scale = there && p->norm ? row_scale(x, p->k, p->epsilon) : 1.0f;
+    int8_t *out = (int8_t *)plan->x + row / 16 * 16 * plan->depth + row % 16 * STEP;
+    for (int64_t from = 0; from < plan->depth; from += plan->group) {
+        int64_t count = plan->depth - from < plan->group ? plan->depth - from : plan->group;
+        float *to = plan->row_scales + from / plan->group * plan->padded_rows + row;
+        if (there) {
+            *to = prepare_group(plan, x, scale, from, count, out + from * 16);
+            continue;
+        }
+        *to = 0;
+        for (int64_t at = 0; at < count; at += STEP)
+            memset(out + (from + at) * 16, 0, STEP);
+    }
 }
 
 /* ---- jobs ---- */
