@@ -1,7 +1,7 @@
 """Which weights are quantized, and how a stored tensor becomes such a weight.
 
-`--quantization int8` and `int4` quantize every product's weight when it is read; embeddings and head get 8 and 6 bits.
-With `auto` the blocks of a GGUF file and the numbers of GPTQ,
+`--quantization int8` and `int4` quantize every product's weight when it is read; embeddings and head get 8 and 6 bits,
+and with int8 the weights of feed-forward blocks are rotated before. With `auto` the blocks of a GGUF file and the numbers of GPTQ,
 AWQ and compressed-tensors stay as they are. Where tensors of one slab have different formats, the slab gets
 the smallest scheme that holds the values of all (`Scheme.joined`).
 """
@@ -88,8 +88,8 @@ def schemes_of(
 def chosen_scheme(choice: str, slab: Slab, layout: Layout) -> Scheme:
     """The scheme of a slab by --quantization int8 or int4.
 
-    With int8, the weights of feed-forward blocks are rotated: they are most of a model, and many rows are multiplied with
-    them as integers. Attention keeps groups of 32, for its products lose more by larger ones.
+    With int8, the weights of feed-forward blocks are rotated: they are most of a model, and with AMX many rows are
+    multiplied with them as integers. Those of attention are not, for they would lose more by larger groups.
     """
     buffer, _ = slab
     if buffer in BOTH_SIDES:
@@ -105,10 +105,7 @@ def can_quantize(dtype: torch.dtype, device: torch.device) -> bool:
 
 def recorded(schemes: Schemes) -> list[WeightScheme]:
     """Schemes as a record of what serves has them."""
-    return [
-        WeightScheme(buffer, index, *astuple(scheme))
-        for (buffer, index), scheme in schemes.items()
-    ]
+    return [WeightScheme(buffer, index, *astuple(scheme)) for (buffer, index), scheme in schemes.items()]
 
 
 def schemes_in(schemes: list[WeightScheme]) -> Schemes:

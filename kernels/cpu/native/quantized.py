@@ -33,7 +33,7 @@ class Scheme:
     rotated: bool = False  # rows are rotated, and groups of up to 512 numbers have the same scale, see hadamard.h
 
     def joined(self, other: "Scheme") -> "Scheme":
-        """The smallest scheme that holds the values of both, as they are; of a rotated one only where both are equal."""
+        """The smallest scheme that holds the values of both, as they are. It is rotated only if they are equal."""
         if self == other:
             return self
         same_zero_point = self.zero_point == other.zero_point and not (self.offsets or other.offsets)

@@ -11,7 +11,7 @@ from quartet.kernels.cpu.adapters import AdapterWeights, add_float, additions, p
 from quartet.kernels.cpu.linear import Linear, no_pause
 from quartet.kernels.cpu.native import build, library, structures
 from quartet.kernels.cpu.native.library import INSTRUCTION_SETS, Library
-from quartet.kernels.cpu.native.quantized import INT4, INT8, QuantizedWeight, quantize
+from quartet.kernels.cpu.native.quantized import INT4, INT8, ROTATED_INT8, QuantizedWeight, quantize
 
 compiled = pytest.mark.skipif(not build.is_possible(), reason="no compiler, or another kind of machine")
 
@@ -22,6 +22,7 @@ SHAPES = {  # n, k of a weight, and of each part (first column, width, rank)
     "not in blocks": (100, 70, [(5, 40, 5), (45, 55, 33)]),
     "wide": (64, 2100, [(32, 32, 64)]),
     "gated": (192, 96, [(0, 96, 16), (96, 96, 7)]),
+    "of rotated blocks": (192, 640, [(0, 96, 16), (96, 96, 7)]),
 }
 
 
@@ -136,13 +137,14 @@ def test_adapters_add_before_the_gate_and_behind_the_norm(kernels, rows):
 
 
 @compiled
-@pytest.mark.parametrize("scheme", [INT4, INT8], ids=str)
+@pytest.mark.parametrize("scheme", [INT4, INT8, ROTATED_INT8], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 16, 40, 600])
 def test_adapters_add_to_products_of_quantized_weights(kernels, scheme, rows):
-    n, k, _ = SHAPES["gated"]
+    shape = "of rotated blocks" if scheme.rotated else "gated"
+    n, k, _ = SHAPES[shape]
     weight = QuantizedWeight(n, k, scheme)
     weight.write(0, quantize((torch.randn(n, k) * 0.1).bfloat16(), scheme), no_pause)
-    made, owners = make("gated", torch.bfloat16), owners_of(rows)
+    made, owners = make(shape, torch.bfloat16), owners_of(rows)
     x, plain, out = torch.randn(rows, k).bfloat16(), torch.empty(rows, n), torch.empty(rows, n)
     for exact in (False, True):
         kernels.product(x, weight.argument(exact), n, None, plain, "float")

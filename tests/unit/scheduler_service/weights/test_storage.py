@@ -7,7 +7,7 @@ import torch
 
 from quartet.kernels.cpu.linear import no_pause
 from quartet.kernels.cpu.native import build
-from quartet.kernels.cpu.native.quantized import INT4, INT6, INT8, QuantizedRows, Scheme, rounded
+from quartet.kernels.cpu.native.quantized import INT4, INT6, INT8, ROTATED_INT8, QuantizedRows, Scheme, rounded
 from quartet.runtime.control import (
     CheckWeights,
     ReleaseMemory,
@@ -23,7 +23,7 @@ from quartet.scheduler_service.weights.block_numbers import FORMATS
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, Encoding, StoredTensor
 from quartet.scheduler_service.weights.formats import checkpoint_of
 from quartet.scheduler_service.weights.parameters import Layout, Weights
-from quartet.scheduler_service.weights.storage import read_numbers, schemes_of
+from quartet.scheduler_service.weights.storage import read_numbers, recorded, schemes_in, schemes_of
 from quartet.scheduler_service.weights.tensor_io import open_file
 from tests import checkpoints, gguf_files
 from tests.configs import resolved
@@ -65,6 +65,19 @@ def test_int8_and_int4_keep_every_product_and_leave_norms_and_biases(tmp_path):
             "down": scheme,
         }
         assert weights.buffers["qkv"].is_meta and not weights.buffers["norm"].is_meta
+
+
+def test_int8_rotates_feed_forward_weights_that_have_whole_blocks(tmp_path):
+    directory = checkpoints.random_model(tmp_path, 0, hidden_size=128, intermediate_size=384)
+    weights, plain = weights_of(directory, quantization="int8"), weights_of(directory)
+    kept = {slab[0]: scheme for slab, scheme in weights.schemes.items()}
+    assert kept["gate_up"] == kept["down"] == ROTATED_INT8
+    assert kept["qkv"] == kept["output"] == kept["embed"] == INT8
+    assert schemes_in(recorded(weights.schemes)) == weights.schemes
+    for name, place in weights.layout.places.items():
+        if place.buffer in ("gate_up", "down"):
+            values = plain.view(name).float()
+            assert (weights.view(name).float() - values).norm() < 0.01 * values.norm()
 
 
 @pytest.mark.parametrize(("choice", "scheme"), [("int8", INT8), ("int4", INT4)])
