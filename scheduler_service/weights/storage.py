@@ -1,9 +1,9 @@
 """Which weights are quantized, and how a stored tensor becomes such a weight.
 
 `--quantization int8` and `int4` quantize every product's weight when it is read; embeddings and head get 8 and 6 bits,
-and with int8 the weights of feed-forward blocks are rotated before. With `auto` the blocks of a GGUF file and the numbers of GPTQ,
-AWQ and compressed-tensors stay as they are. Where tensors of one slab have different formats, the slab gets
-the smallest scheme that holds the values of all (`Scheme.joined`).
+and with int8 the weights of feed-forward blocks are rotated before. With `auto` the blocks of a GGUF file and the
+numbers of GPTQ, AWQ and compressed-tensors stay as they are. Where tensors of one slab have different formats, the slab
+gets the smallest scheme that holds the values of all (`Scheme.joined`).
 """
 
 import logging
