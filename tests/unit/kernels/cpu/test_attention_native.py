@@ -1,4 +1,5 @@
-"""Paged attention by our own kernel against the float64 reference, and the bits of a query in any company."""
+"""Paged attention by our own kernels against the float64 reference, and the bits of a query in any company, on every
+instruction set that this machine has."""
 
 import random
 
@@ -6,14 +7,26 @@ import pytest
 import torch
 
 from quartet.kernels.cpu.attention import paged_attention_reference
-from quartet.kernels.cpu.attention_native import can_attend, groups, page_table, paged_attention_native
+from quartet.kernels.cpu.attention_native import groups, page_table, paged_attention_native
 from quartet.kernels.cpu.attention_schedule import Ragged, Run, page_list
+from quartet.kernels.cpu.native import build, library
+from quartet.kernels.cpu.native.library import INSTRUCTION_SETS, Library
 
-pytestmark = pytest.mark.skipif(not can_attend(torch.bfloat16, 64), reason="no attention kernel on this machine")
+pytestmark = pytest.mark.skipif(not build.is_possible(), reason="no compiler, or another kind of machine")
 
 PAGES = 300
 BRANCHING_TOKENS = 4800  # of the pool that `branching` is about
 TOLERANCE = 2e-2  # of results around 1: weights are rounded to bfloat16 before they meet the values
+
+
+@pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
+def kernels(request, monkeypatch):
+    try:
+        found = Library(library.functions(request.param), request.param)
+    except LookupError:
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setattr(library, "library", lambda: found)
+    return found
 
 
 def scattered(rng: random.Random, count: int) -> list[Run]:
