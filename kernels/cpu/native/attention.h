@@ -41,8 +41,7 @@ static void finish(const struct stream *stream, const struct unit *unit, const s
     const struct task *task = unit->task;
     const struct attention *a = task->a;
     vec scale = vec_set(a->softcap > 0.0f ? LOG2_E : a->scale * LOG2_E);
-    if (unit->first && unit->from == task->begin)
-        begin_sums(task);
+    prepare_sums(unit);
     if (unit->first) /* before anything is weighed, since tiles are slow to read what was just written */
         pair_values(task, unit->from);
     if (a->softcap > 0.0f)
@@ -52,25 +51,22 @@ static void finish(const struct stream *stream, const struct unit *unit, const s
     else
         weigh(stream, unit, next, 0, scale);
     add_values(unit);
-    if ((!next || next->task != task) && !task->members)
-        write_rows(task);
+    if (!next || next->task != task)
+        end_task(stream->attending, task);
 }
 
-static void attend(void *argument, int thread, int threads) {
-    struct attending *attending = argument;
-    struct stream stream = {.attending = attending, .work = attending->workspaces + thread, .threads = threads};
+static void attend_units(struct stream *stream) {
     struct unit unit = {0}, next;
-    stream.work->lanes = 0;
-    if (!next_unit(&stream, &unit, &unit))
+    stream->work->lanes = 0;
+    if (!next_unit(stream, &unit, &unit))
         return;
-    configure_tiles(stream.work, (int)unit.task->lanes);
+    configure_tiles(stream->work, (int)unit.task->lanes);
     for (int64_t part = 0; part < unit.count; part += TILE_DEPTH)
         score(&unit, part);
-    while (next_unit(&stream, &unit, &next)) {
-        finish(&stream, &unit, &next);
+    while (next_unit(stream, &unit, &next)) {
+        finish(stream, &unit, &next);
         unit = next;
     }
-    finish(&stream, &unit, 0);
+    finish(stream, &unit, 0);
     tiles_end();
 }
-

@@ -5,6 +5,7 @@
 #include "parts.h"
 
 #define BLOCK_KEYS 128
+#define SPAN_KEYS 512 /* sums begin anew at its multiples, so that threads may share a sequence: a multiple of BLOCK_KEYS */
 #define PLACES (TASK_TILES + 1) /* for sums of tiles: those of a task, and one of what follows what sequences share */
 #define HIDDEN_SCORE (-1e30f)
 #define LOG2_E 1.44269504088896341f
@@ -44,6 +45,14 @@ struct item {
     int64_t sequence, head, heads, lanes, first_row, rows;
     const int64_t *members; /* or null */
     int64_t count, keys;    /* of members, and what they share */
+    int64_t partial;        /* where its sums are left, from 1 on, if it has one span of the keys; or 0 */
+    int64_t from, parts;    /* the first key of the span; how many items have the sequence's spans, if this is the first */
+};
+
+/* Weighted sums of the rows of a tile. */
+struct sums {
+    float *values;           /* (16, dim), not divided yet */
+    float *largest, *total;  /* score so far, as a power of two; weights */
 };
 
 /* Up to TASK_TILES tiles: of one sequence and one KV head, or of several sequences, of one query each, as far as they have
@@ -65,6 +74,7 @@ struct task {
     int64_t lanes;           /* of a tile, that each head has */
     int64_t first_row, rows; /* of each head */
     int64_t begin, end;      /* the keys that the rows see; `begin` is that of a block */
+    int64_t since;           /* the first key that is in the sums */
 };
 
 /* A tile and a block of keys. */
@@ -74,6 +84,10 @@ struct unit {
     int first;                 /* tile of its block */
     int side;                  /* of the scores */
 };
+
+INLINE int64_t fewer(int64_t x, int64_t y) { return x < y ? x : y; }
+
+INLINE int64_t tiles_of(const struct task *task) { return (task->rows + TILE_ROWS - 1) / TILE_ROWS; }
 
 INLINE int64_t position_of(const struct task *task, int64_t row) {
     int64_t at = task->first_position + (int)(task->first_row + row) / (int)task->a->group;

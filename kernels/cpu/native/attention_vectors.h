@@ -28,6 +28,7 @@ struct workspace {
     float sums[PLACES * TILE_ROWS * MOST_DIM];         /* by tile: weighted values (16, dim), not divided yet */
     float largest[PLACES][TILE_ROWS];                  /* score so far, as a power of two */
     float total[PLACES][TILE_ROWS];
+    float earlier_sums[PLACES * TILE_ROWS * MOST_DIM], earlier_largest[PLACES][TILE_ROWS], earlier_total[PLACES][TILE_ROWS];
     float keys[BLOCK_KEYS * MOST_DIM];                 /* (keys / 16, dim, 16) */
     const bf16 *value_rows[BLOCK_KEYS / TILE_ROWS];    /* where 16 values of the block begin */
     bf16 copied[TILE_ROWS * MOST_DIM], values[BLOCK_KEYS * MOST_DIM]; /* where they do not lie together */
@@ -277,22 +278,19 @@ static int64_t weigh_unit(const struct unit *unit, int64_t rows) {
 static void compute(const struct stream *stream, const struct unit *unit) {
     const struct task *task = unit->task;
     int64_t rows = fewer(task->rows - unit->tile * TILE_ROWS, TILE_ROWS);
-    if (unit->first && unit->from == task->begin)
-        begin_sums(task);
+    prepare_sums(unit);
     for (int64_t part = 0; unit->first && part < BLOCK_KEYS; part += TILE_DEPTH)
         ask_behind(stream, unit, part);
     score_unit(unit, rows);
     add_unit(unit, rows, weigh_unit(unit, rows));
 }
 
-static void attend(void *argument, int thread, int threads) {
-    struct attending *attending = argument;
-    struct stream stream = {.attending = attending, .work = attending->workspaces + thread, .threads = threads};
+static void attend_units(struct stream *stream) {
     struct unit unit = {0};
-    while (next_unit(&stream, &unit, &unit)) {
+    while (next_unit(stream, &unit, &unit)) {
         const struct task *task = unit.task;
-        compute(&stream, &unit);
-        if (unit.tile + 1 == tiles_of(task) && unit.from + BLOCK_KEYS >= task->end && !task->members)
-            write_rows(task);
+        compute(stream, &unit);
+        if (unit.tile + 1 == tiles_of(task) && unit.from + BLOCK_KEYS >= task->end)
+            end_task(stream->attending, task);
     }
 }

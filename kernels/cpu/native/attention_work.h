@@ -5,21 +5,29 @@
  * BLOCK_KEYS, and a row's sums depend on its own keys alone: the same bits whatever is computed beside it. (Flash
  * attention: Dao et al., arXiv 2205.14135.)
  *
+ * Where there are fewer tasks than threads have time for, a task has a span of a sequence's keys. Sums of a span begin with
+ * nothing, and those of all spans are joined in their order, whoever computed them: so they are the same bits as well.
+ *
  * A file that includes this has defined before what it computes with: `struct workspace` with `sums`, `largest` and
- * `total`, MOST_HEADS, load_queries, find_keys and write_row.
+ * `total`, of the present span and of `earlier` ones, MOST_HEADS, load_queries, find_keys and write_row; and behind it
+ * attend_units.
  */
 #pragma once
 
-#include "attention_task.h"
+#include "attention_sums.h"
 
 #define TASKS_OF_A_THREAD 4 /* with fewer, heads do not share tiles */
+#define FEWEST_TASKS 2      /* of a thread; with fewer, spans are tasks */
 
 struct attending {
     const struct attention *a;
     struct workspace *workspaces; /* by thread */
     struct item *items;
     int64_t count;
-    atomic_long next;
+    int splits; /* items are spans where a sequence has several */
+    int64_t partials;
+    float *sums; /* of these */
+    atomic_long next, joined;
 };
 
 /* One thread's way through its tasks: the present one and the next, and the one it most likely takes then. */
@@ -41,8 +49,6 @@ INLINE int64_t heads_together(const struct attention *a, int64_t rows) {
     return heads;
 }
 
-INLINE int64_t fewer(int64_t x, int64_t y) { return x < y ? x : y; }
-
 /* Lanes of a tile for rows of one head. */
 INLINE int64_t lanes_for(int64_t rows) { return rows <= TILE_ROWS / 2 ? TILE_ROWS / 2 : TILE_ROWS; }
 
@@ -52,10 +58,35 @@ INLINE void add_item(struct attending *attending, struct item item) {
     attending->count++;
 }
 
+/* Where the block begins that has the first key which a position sees. */
+INLINE int64_t first_key(const struct attention *a, int64_t position) {
+    return a->window > 0 && position >= a->window ? (position - a->window + 1) / BLOCK_KEYS * BLOCK_KEYS : 0;
+}
+
+/* The items of a sequence of one tile and several spans; false: it is none. */
+INLINE int list_spans(struct attending *attending, int64_t sequence, int64_t rows) {
+    const struct attention *a = attending->a;
+    int64_t length = a->lengths[sequence], begin = first_key(a, length - rows / a->group) / SPAN_KEYS * SPAN_KEYS;
+    int64_t spans = (length - begin + SPAN_KEYS - 1) / SPAN_KEYS;
+    if (rows > TILE_ROWS || spans < 2)
+        return 0;
+    for (int64_t head = 0; head < a->kv_heads; head++)
+        for (int64_t span = 0; span < spans; span++) {
+            struct item item = {.sequence = sequence, .head = head, .heads = 1, .lanes = lanes_for(rows), .rows = rows};
+            item.from = begin + span * SPAN_KEYS;
+            item.partial = ++attending->partials;
+            item.parts = span ? 0 : spans;
+            add_item(attending, item);
+        }
+    return 1;
+}
+
 /* The items of a sequence, those with the most keys first. */
 INLINE void list_sequence(struct attending *attending, int64_t sequence) {
     const struct attention *a = attending->a;
     int64_t rows = (a->starts[sequence + 1] - a->starts[sequence]) * a->group, most = TASK_TILES * TILE_ROWS;
+    if (attending->splits && list_spans(attending, sequence, rows))
+        return;
     int64_t together = heads_together(a, rows), first = rows > 0 ? (rows - 1) / most * most : -1;
     for (; first >= 0; first -= most)
         for (int64_t head = 0; head < a->kv_heads; head += together) {
@@ -90,6 +121,7 @@ INLINE void list_members(struct attending *attending, const int64_t *members, in
 
 static void list_items(struct attending *attending) {
     const struct attention *a = attending->a;
+    attending->count = attending->partials = 0;
     const int64_t *members = a->members;
     int can_share = a->window <= 0 && a->causal && a->group <= TILE_ROWS;
     for (int64_t group = 0; group < a->groups; group++) {
@@ -124,9 +156,13 @@ static struct task own_task(const struct attending *attending, const struct item
         .first_row = item->first_row,
         .rows = item->rows,
     };
-    int64_t first = position_of(&task, 0);
-    task.begin = a->window > 0 && first >= a->window ? (first - a->window + 1) / BLOCK_KEYS * BLOCK_KEYS : 0;
+    task.begin = first_key(a, position_of(&task, 0));
     task.end = position_of(&task, task.rows - 1) + 1;
+    if (item->partial) {
+        task.begin = task.begin > item->from ? task.begin : item->from;
+        task.end = fewer(task.end, item->from + SPAN_KEYS);
+    }
+    task.since = task.begin;
     return task;
 }
 
@@ -145,6 +181,7 @@ static struct task rest_task(const struct attending *attending, const struct ite
     task.lanes = lanes_for(task.rows);
     task.end = task.length;
     task.begin = item->keys;
+    task.since = 0;
     task.place = TASK_TILES;
     task.kept = member * task.rows;
     return task;
@@ -190,8 +227,6 @@ static const struct task *take_task(struct stream *stream, const struct task *ta
 }
 
 /* ---- units, in the order in which they are computed ---- */
-
-INLINE int64_t tiles_of(const struct task *task) { return (task->rows + TILE_ROWS - 1) / TILE_ROWS; }
 
 /* The first unit of a block, or of its tiles from `tile` on, whose rows see some of it; false: there is none. */
 INLINE int find_unit(struct unit *unit, const struct task *task, int64_t from, int64_t tile) {
@@ -254,47 +289,71 @@ INLINE void ask_behind(const struct stream *stream, const struct unit *next, int
         ask_for(&stream->later, stream->later.begin + part);
 }
 
-/* A task's sums: nothing yet, or what they were where the keys end that several sequences share. */
-static void begin_sums(const struct task *task) {
-    struct workspace *work = task->work;
-    int64_t tiles = tiles_of(task), dim = task->a->dim, row = task->kept;
-    float *sums = work->sums + task->place * TILE_ROWS * dim;
-    memset(sums, 0, (size_t)(tiles * TILE_ROWS * dim) * 4);
-    for (int64_t place = task->place; place < task->place + tiles; place++) {
-        vec_store(work->largest[place], vec_set(HIDDEN_SCORE));
-        vec_store(work->total[place], vec_set(0.0f));
-    }
-    if (row < 0)
-        return;
-    memcpy(sums, work->sums + row * dim, (size_t)(task->rows * dim) * 4);
-    memcpy(work->largest[task->place], work->largest[0] + row, (size_t)task->rows * 4);
-    memcpy(work->total[task->place], work->total[0] + row, (size_t)task->rows * 4);
+/* ---- results ---- */
+
+/* The sums of an item that has one span. */
+INLINE struct sums partial_sums(const struct attending *attending, int64_t partial) {
+    int64_t dim = attending->a->dim;
+    float *sums = attending->sums + (partial - 1) * TILE_ROWS * (dim + 2);
+    return (struct sums){sums + 2 * TILE_ROWS, sums, sums + TILE_ROWS};
 }
 
-static void write_rows(const struct task *task) {
-    struct workspace *work = task->work;
+/* What a task whose keys have all been added leaves. */
+static void end_task(const struct attending *attending, const struct task *task) {
     int64_t dim = task->a->dim;
-    for (int64_t tile = 0; tile < tiles_of(task); tile++)
-        for (int64_t lane = 0; lane < TILE_ROWS; lane++) {
-            int64_t row = row_of(task, tile, lane), place = task->place + tile;
-            if (row >= task->rows)
-                continue;
-            bf16 *out = task->a->out + offset_of(task, row, lane, task->a->out_stride);
-            write_row(work->sums + (place * TILE_ROWS + lane) * dim, work->total[place][lane], dim, out);
+    if (task->item->partial)
+        copy_sums(partial_sums(attending, task->item->partial), present_sums(task->work, 0, dim), 0, TILE_ROWS, dim);
+    for (int64_t tile = 0; tile < tiles_of(task) && !task->item->partial && !task->members; tile++) {
+        struct sums sums = present_sums(task->work, task->place + tile, dim);
+        if (has_earlier(task)) {
+            join_sums(earlier_sums(task->work, task->place + tile, dim), sums, dim);
+            sums = earlier_sums(task->work, task->place + tile, dim);
         }
+        write_sums(task, tile, sums);
+    }
 }
 
-static void attend(void *argument, int thread, int threads);
+/* ---- all ---- */
+
+static void attend_units(struct stream *stream);
+
+/* Join the spans of sequences. */
+static void join_items(struct attending *attending) {
+    int64_t number;
+    while ((number = quartet_next(&attending->joined)) < attending->count) {
+        const struct item *item = &attending->items[number];
+        for (int64_t part = 1; part < item->parts; part++)
+            join_sums(partial_sums(attending, item->partial), partial_sums(attending, item->partial + part),
+                      attending->a->dim);
+        if (item->parts) {
+            struct task task = own_task(attending, item, item->sequence);
+            write_sums(&task, 0, partial_sums(attending, item->partial));
+        }
+    }
+}
+
+static void attend(void *argument, int thread, int threads) {
+    struct attending *attending = argument;
+    struct stream stream = {.attending = attending, .work = attending->workspaces + thread, .threads = threads};
+    attend_units(&stream);
+    if (!attending->partials)
+        return;
+    quartet_barrier(threads);
+    join_items(attending);
+}
 
 static int attention(const struct attention *a) {
     int threads = a->threads < MOST_THREADS ? a->threads : MOST_THREADS;
     struct attending attending = {.a = a};
     list_items(&attending); /* counts them */
+    attending.splits = threads > 1 && attending.count < FEWEST_TASKS * threads;
+    if (attending.splits)
+        list_items(&attending);
     attending.items = quartet_scratch(2, (attending.count + 1) * (int64_t)sizeof(struct item));
     attending.workspaces = quartet_scratch(3, threads * (int64_t)sizeof(struct workspace));
-    if (!attending.items || !attending.workspaces)
+    attending.sums = quartet_scratch(9, (attending.partials * (a->dim + 2) + 1) * TILE_ROWS * 4);
+    if (!attending.items || !attending.workspaces || !attending.sums)
         return -1;
-    attending.count = 0;
     list_items(&attending);
     quartet_run(attend, &attending, threads);
     return 0;
