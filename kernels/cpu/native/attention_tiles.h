@@ -8,15 +8,10 @@
  */
 #pragma once
 
-#include "linear.h"
-#include "parts.h"
+#include "attention_task.h"
+#include "transpose.h"
 
-#define BLOCK_KEYS 128
-#define PLACES (TASK_TILES + 1) /* for sums of tiles: those of a task, and one of what follows what sequences share */
 #define MOST_HEADS 8  /* KV heads that share a tile; times dim MOST_DIM at most */
-#define HIDDEN_SCORE (-1e30f)
-#define LOG2_E 1.44269504088896341f
-
 /* What one thread needs; the sizes are those of the widest head. */
 struct workspace {
     bf16 queries[2][TASK_TILES * TILE_ROWS * MOST_DIM]; /* by task, tile and head: (dim / 2, 16, 2) */
@@ -24,6 +19,7 @@ struct workspace {
     float sums[PLACES * TILE_ROWS * MOST_DIM]; /* by tile: weighted values (16, dim), not divided yet */
     float largest[PLACES][TILE_ROWS];          /* score so far, as a power of two */
     float total[PLACES][TILE_ROWS];
+    float earlier_sums[PLACES * TILE_ROWS * MOST_DIM], earlier_largest[PLACES][TILE_ROWS], earlier_total[PLACES][TILE_ROWS];
     const bf16 *key_rows[MOST_HEADS][BLOCK_KEYS / TILE_ROWS]; /* where 16 keys of the block that is scored begin */
     bf16 keys[BLOCK_KEYS * MOST_DIM], values[TILE_ROWS * MOST_DIM]; /* copies where they do not lie together */
     bf16 paired[BLOCK_KEYS * MOST_DIM];                             /* by head: values as (keys / 2, dim, 2) */
@@ -31,52 +27,6 @@ struct workspace {
     bf16 weights[BLOCK_KEYS / TILE_DEPTH][TILE_ROWS][TILE_DEPTH];
     int lanes; /* that the tiles are configured for */
 } __attribute__((aligned(CACHE_LINE)));
-
-/* Up to TASK_TILES tiles: of one sequence and one KV head, or of several sequences, of one query each, as far as they have
- * the same keys; or one tile of one sequence and several heads. */
-struct task {
-    const struct attention *a;
-    struct workspace *work;
-    const struct item *item;
-    int64_t number;         /* of the item */
-    int side;               /* of what the workspace has twice */
-    int64_t place;          /* of its first tile's sums */
-    const int64_t *members; /* the sequences, if there are several; or null */
-    int64_t kept;           /* the row, of several sequences', that sums begin with; or -1 */
-    const int32_t *pages; /* of the sequence */
-    int64_t length;       /* of its context */
-    int64_t first_token;  /* in q and out */
-    int64_t first_position;
-    int64_t head, heads;     /* KV heads: the first one, and how many */
-    int64_t lanes;           /* of a tile, that each head has */
-    int64_t first_row, rows; /* of each head */
-    int64_t begin, end;      /* the keys that the rows see; `begin` is that of a block */
-};
-
-/* A tile and a block of keys. */
-struct unit {
-    const struct task *task;
-    int64_t tile, from, count; /* of keys that are computed: a multiple of TILE_DEPTH */
-    int first;                 /* tile of its block */
-    int side;                  /* of the scores */
-};
-
-INLINE int64_t position_of(const struct task *task, int64_t row) {
-    int64_t at = task->first_position + (int)(task->first_row + row) / (int)task->a->group;
-    return task->a->causal && !task->members ? at : task->length - 1;
-}
-
-/* The row of its head that a lane has; if there is none, task->rows or more. */
-INLINE int64_t row_of(const struct task *task, int64_t tile, int64_t lane) {
-    return lane < task->heads * task->lanes ? tile * TILE_ROWS + lane % task->lanes : task->rows;
-}
-
-INLINE int64_t offset_of(const struct task *task, int64_t row, int64_t lane, int64_t stride) {
-    int place = (int)(task->first_row + row), group = (int)task->a->group;
-    int64_t head = (task->head + lane / task->lanes) * group + place % group, query = place / group;
-    int64_t token = task->members ? task->a->starts[task->members[query]] : task->first_token + query;
-    return token * stride + head * task->a->dim;
-}
 
 /* Tiles 2, 3 and 7 have so many rows, the others 16. */
 INLINE void configure_tiles(struct workspace *work, int lanes) {
@@ -91,43 +41,6 @@ INLINE void configure_tiles(struct workspace *work, int lanes) {
     }
     _tile_loadconfig(&config);
     work->lanes = lanes;
-}
-
-/* A 16 x 16 matrix of words transposed. */
-INLINE void transpose_words(__m512i rows[16], bf16 *out) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xDD);
-        t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xDD);
-    }
-    for (int i = 0; i < 4; i++) {
-        _mm512_storeu_si512(out + (i + 0) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-        _mm512_storeu_si512(out + (i + 4) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-        _mm512_storeu_si512(out + (i + 8) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD));
-        _mm512_storeu_si512(out + (i + 12) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD));
-    }
-}
-
-/* 2^x within 3e-6 of it, a thousandth of what rounding to bfloat16 takes; 0 far below. */
-INLINE vec power_of_two(vec x) {
-    vec part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x - floor(x) */
-    vec y = vec_fma(vec_set(1.3426684774e-2f), part, vec_set(5.2242472768e-2f));
-    y = vec_fma(y, part, vec_set(2.4128019810e-1f));
-    y = vec_fma(y, part, vec_set(6.9304484129e-1f));
-    y = vec_fma(y, part, vec_set(1.0f));
-    return _mm512_scalef_ps(y, x); /* y * 2^floor(x) */
 }
 
 /* Queries on their way in, and the positions of their rows. */
@@ -153,43 +66,6 @@ INLINE void load_queries(const struct task *task) {
                 transpose_words(rows, to);
             }
     }
-}
-
-INLINE const bf16 *keys_of(const struct task *task, int64_t head) {
-    return task->a->keys + (task->head + head) * task->a->head_stride;
-}
-
-INLINE const bf16 *values_of(const struct task *task, int64_t head) {
-    return task->a->values + (task->head + head) * task->a->head_stride;
-}
-
-/* TILE_ROWS rows of a pool from a position on: where they lie, if they lie together, else a copy. Those behind what the
- * task sees are zeros. */
-INLINE const bf16 *rows_of(const struct task *task, const bf16 *pool, int64_t from, bf16 *copy) {
-    int64_t size = task->a->page_size, dim = task->a->dim, count = task->end - from;
-    int64_t page = from / size, place = from % size;
-    if (count >= TILE_ROWS) {
-        int together = 1;
-        for (int64_t next = 1, there = size - place; together && there < TILE_ROWS; next++, there += size)
-            together = task->pages[page + next] == task->pages[page] + next;
-        if (together)
-            return pool + (task->pages[page] * size + place) * dim;
-        count = TILE_ROWS;
-    }
-    count = count > 0 ? count : 0;
-    for (int64_t at = 0; at < count; page++, place = 0) {
-        int64_t some = size - place < count - at ? size - place : count - at;
-        memcpy(copy + at * dim, pool + (task->pages[page] * size + place) * dim, (size_t)(some * dim) * 2);
-        at += some;
-    }
-    memset(copy + count * dim, 0, (size_t)((TILE_ROWS - count) * dim) * 2);
-    return copy;
-}
-
-/* Keys of a task's block, a multiple of TILE_DEPTH. */
-INLINE int64_t block_keys(const struct task *task, int64_t from) {
-    int64_t there = task->end - from;
-    return there < BLOCK_KEYS ? round_up(there, TILE_DEPTH) : BLOCK_KEYS;
 }
 
 INLINE void find_keys(const struct task *task, int64_t from) {

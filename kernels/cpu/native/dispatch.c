@@ -8,7 +8,7 @@
 #include "api.h"
 #include "pool.h"
 
-#define SLOTS 9
+#define SLOTS 10
 #define ARCH_REQ_XCOMP_PERM 0x1023
 #define XFEATURE_XTILEDATA 18
 

@@ -1,4 +1,5 @@
-"""Paged attention by our own kernel against the float64 reference, and the bits of a query in any company."""
+"""Paged attention by our own kernels against the float64 reference, and the bits of a query in any company, on every
+instruction set that this machine has."""
 
 import random
 
@@ -6,14 +7,26 @@ import pytest
 import torch
 
 from quartet.kernels.cpu.attention import paged_attention_reference
-from quartet.kernels.cpu.attention_native import can_attend, groups, page_table, paged_attention_native
+from quartet.kernels.cpu.attention_native import groups, page_table, paged_attention_native
 from quartet.kernels.cpu.attention_schedule import Ragged, Run, page_list
+from quartet.kernels.cpu.native import build, library
+from quartet.kernels.cpu.native.library import INSTRUCTION_SETS, Library
 
-pytestmark = pytest.mark.skipif(not can_attend(torch.bfloat16, 64), reason="no attention kernel on this machine")
+pytestmark = pytest.mark.skipif(not build.is_possible(), reason="no compiler, or another kind of machine")
 
 PAGES = 300
 BRANCHING_TOKENS = 4800  # of the pool that `branching` is about
 TOLERANCE = 2e-2  # of results around 1: weights are rounded to bfloat16 before they meet the values
+
+
+@pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
+def kernels(request, monkeypatch):
+    try:
+        found = Library(library.functions(request.param), request.param)
+    except LookupError:
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setattr(library, "library", lambda: found)
+    return found
 
 
 def scattered(rng: random.Random, count: int) -> list[Run]:
@@ -214,3 +227,49 @@ def test_numbers_that_are_none_stay_with_their_sequence():
     assert result[2].isnan().all()
     others = [row for row in range(len(q)) if row != 2]
     assert torch.equal(result[others], expected[others])
+
+
+def with_threads(count: int, *arguments, **options) -> torch.Tensor:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        return paged_attention_native(*arguments, **options)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (4, 1, 256), (3, 3, 32)])
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("queries", [1, 2, 40])
+def test_a_long_sequence_has_the_same_bits_whoever_computes_its_parts(heads, kv_heads, dim, window, queries):
+    rng, lengths = random.Random(6), [1700, 1025, 513, 512, 511]
+    k, v = pools(kv_heads, dim, 16)
+    runs = [scattered(rng, -(-length // 16)) for length in lengths]
+    q = torch.randn(5 * queries, heads, dim).bfloat16()
+    options = {"scale": dim**-0.5, "window": window}
+    whole = with_threads(1, Ragged([queries] * 5, lengths, runs, 16), q, k, v, **options)
+    expected = paged_attention_reference(Ragged([queries] * 5, lengths, runs, 16), q, k, v, **options)
+    torch.testing.assert_close(whole.double(), expected, atol=TOLERANCE, rtol=TOLERANCE)
+    for threads in (2, 5, 11):
+        together = with_threads(threads, Ragged([queries] * 5, lengths, runs, 16), q, k, v, **options)
+        assert torch.equal(together, whole), threads
+        for number, length in enumerate(lengths):
+            own = slice(number * queries, (number + 1) * queries)
+            alone = with_threads(threads, Ragged([queries], [length], [runs[number]], 16), q[own], k, v, **options)
+            assert torch.equal(alone, whole[own]), (threads, length)
+
+
+@pytest.mark.parametrize("shared", [384, 512, 640, 1152])
+def test_long_beginnings_that_are_shared_have_the_bits_they_have_alone(shared):
+    rng, lengths = random.Random(7), [shared + more for more in (1, 100, 130, 514, 600)]
+    head = scattered(rng, shared // 16)
+    k, v = pools(2, 64, 16)
+    runs = [head + scattered(rng, -(-(length - shared) // 16)) for length in lengths]
+    q = torch.randn(5, 14, 64).bfloat16()
+    ragged = Ragged([1] * 5, lengths, runs, 16)
+    table = page_table(ragged)
+    assert table.groups is not None and table.groups.sharing[0].tolist() == [5, shared]
+    together = paged_attention_native(ragged, q, k, v, scale=0.125)
+    for row, (length, its_runs) in enumerate(zip(lengths, runs, strict=True)):
+        alone = paged_attention_native(Ragged([1], [length], [its_runs], 16), q[row : row + 1], k, v, scale=0.125)
+        assert torch.equal(alone, together[row : row + 1]), length
