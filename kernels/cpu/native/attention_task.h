@@ -3,40 +3,12 @@
 
 #include "linear.h"
 #include "parts.h"
+#include "powers.h"
 
 #define BLOCK_KEYS 128
 #define SPAN_KEYS 512 /* sums begin anew at its multiples, so that threads may share a sequence: a multiple of BLOCK_KEYS */
 #define PLACES (TASK_TILES + 1) /* for sums of tiles: those of a task, and one of what follows what sequences share */
 #define HIDDEN_SCORE (-1e30f)
-#define LOG2_E 1.44269504088896341f
-
-/* 2^part for parts in [0, 1). */
-INLINE vec fraction_power(vec part) {
-    vec y = vec_fma(vec_set(1.3426684774e-2f), part, vec_set(5.2242472768e-2f));
-    y = vec_fma(y, part, vec_set(2.4128019810e-1f));
-    y = vec_fma(y, part, vec_set(6.9304484129e-1f));
-    return vec_fma(y, part, vec_set(1.0f));
-}
-
-/* 2^x for x up to 0, within 3e-6 of it, a thousandth of what rounding to bfloat16 takes; 0 far below. */
-#ifdef __AVX512F__
-INLINE vec power_of_two(vec x) {
-    vec part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x - floor(x) */
-    return _mm512_scalef_ps(fraction_power(part), x);                          /* y * 2^floor(x) */
-}
-#else
-#define LEAST_POWER (-126.0f)
-INLINE __m256 without_small(__m256 y, __m256 x) { /* a NaN stays */
-    return _mm256_and_ps(y, _mm256_cmp_ps(x, _mm256_set1_ps(LEAST_POWER), _CMP_NLT_UQ));
-}
-
-INLINE vec power_of_two(vec x) {
-    vec some = vec_max(vec_set(LEAST_POWER), x); /* in this order a NaN passes */
-    vec whole = {_mm256_floor_ps(some.low), _mm256_floor_ps(some.high)};
-    vec y = vec_scale_exponent(fraction_power(vec_sub(some, whole)), whole);
-    return (vec){without_small(y.low, x.low), without_small(y.high, x.high)};
-}
-#endif
 
 struct workspace; /* what one thread needs */
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "api.h"
+#include "powers.h"
 #include "vector.h"
 
 /* ---- rows on their way in ---- */
@@ -53,7 +54,7 @@ INLINE vec bias_at(const struct product *p, int64_t column) {
 }
 
 INLINE vec gate(int activation, vec x, vec factor) {
-    return vec_mul(activation == ACTIVATION_SILU ? vec_silu(x) : vec_gelu_tanh(x), factor);
+    return vec_mul(activation == ACTIVATION_SILU ? short_silu(x) : short_gelu_tanh(x), factor);
 }
 
 /* Of one row, `count` numbers, which are fewer than 16. */
