@@ -128,7 +128,7 @@ class PacedSteps(FusedSteps):
     def mask(self, logits: torch.Tensor, allowed: torch.Tensor | None, *_: torch.Tensor) -> None:
         self.paced.work(self.draw_s)
         if allowed is not None:
-            masks, tokens = allowed.clone().numpy(), np.array(self.coming)  # copied as to page-locked memory
+            masks, tokens = allowed.numpy(), np.array(self.coming)
             bits = masks[np.arange(len(tokens)), tokens // 32] >> tokens % 32 & 1
             assert bits.all(), tokens[bits == 0]
 
@@ -150,8 +150,8 @@ class PacedWorker(Worker):
 
     def make_steps(self, *_: Any) -> Steps:
         model, cache = self.model, self.cache
-        backend = FusedBackend(model.spec.ropes, model.dtype, model.device, "torch", 4096, False, False, None)  # type: ignore[attr-defined]
-        steps = PacedSteps(model.on(backend), backend, cache, self.tokens, 4096)  # type: ignore[attr-defined]
+        backend = FusedBackend(model.spec.ropes, model.dtype, model.device, "torch", 4096, False, False, None)
+        steps = PacedSteps(model.on(backend), backend, cache, self.tokens, 4096)
         steps.pace(self.paced, *self.pace)
         steps.use_graphs(PlainRecorder(), self.max_running_requests)
         steps.begin()

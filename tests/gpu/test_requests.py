@@ -90,6 +90,23 @@ def test_grammars_constrain_overlapped_steps_on_a_gpu(llama):
     assert [answer.ids for answer in found] == [answer.ids for answer in expected]
 
 
+def test_masks_are_not_written_over_while_the_device_may_still_read_those_of_the_step_before(llama):
+    """One request has drawn its last token when another one, in the next step, draws its first."""
+
+    def run(engine: Engine) -> list[Answer]:
+        for chunks in range(1, 6):
+            for limit in range(1, 6):
+                each = [SamplingParams(max_new_tokens=count, json_schema=json.dumps(OBJECT)) for count in (limit, 4)]
+                prompts = zip((PROMPTS[0], [chunks, limit, *range(20, 18 + 8 * chunks)]), each, strict=True)
+                for prompt, params in prompts:
+                    engine.add(prompt, params, seed=5)
+                engine.run()
+        return list(engine.answers.values())
+
+    expected, found = both(llama, run, chunked_prefill_size=8)
+    assert [answer.ids for answer in found] == [answer.ids for answer in expected]
+
+
 def test_prompts_that_are_embeddings_answer_as_their_ids_do(llama):
     engine = Overlapped(llama, **SETTINGS)
     table = engine.worker.model.embedding.cpu()
