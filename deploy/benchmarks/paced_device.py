@@ -5,6 +5,8 @@ grammars are the real ones, in this process. A forward pass is an entry in the d
 that a good model would write under the schema, a different one for each request. With and without a schema the tokens
 are the same, and so is the work of the device, but for the draw behind a mask, whose time is given too.
 
+The host's time is the CPU time of this process and the time that it has waited for the device: that of a host which
+nobody disturbs.
 What is not in it: the calls of CUDA that launch a graph, copies and a draw, and the other processes of a server.
 """
 
@@ -80,9 +82,15 @@ class Device:
 
     def __init__(self) -> None:
         self.done_s = 0.0  # when all of it is
+        self.waited_s = 0.0  # by the host
+
+    @property
+    def now_s(self) -> float:
+        """The time of a host that nobody disturbs."""
+        return time.process_time() + self.waited_s
 
     def work(self, seconds: float) -> None:
-        self.done_s = max(self.done_s, time.monotonic()) + seconds
+        self.done_s = max(self.done_s, self.now_s) + seconds
 
 
 class Moment(Arrival):
@@ -90,11 +98,12 @@ class Moment(Arrival):
 
     def __init__(self, device: Device) -> None:
         super().__init__(torch.device("cpu"))
-        self._done_s = device.done_s
+        self._device, self._done_s = device, device.done_s
 
     def wait(self) -> None:
-        if (left_s := self._done_s - time.monotonic()) > 0:
+        if (left_s := self._done_s - self._device.now_s) > 0:
             time.sleep(left_s)
+            self._device.waited_s += left_s
 
 
 class PacedSteps(FusedSteps):
@@ -234,11 +243,11 @@ class PacedServer:
         self.scheduler.step()
         while any(sequence.needs_prefill for sequence in self.scheduler.planner.running):
             self.scheduler.step()
-        started_s, cpu_before_s, steps = time.monotonic(), time.process_time(), 0
+        started_s, cpu_before_s, steps = self.worker.paced.now_s, time.process_time(), 0
         while not self.scheduler.idle:
             self.scheduler.step()
             steps += 1
-        taken_s, cpu_s = time.monotonic() - started_s, time.process_time() - cpu_before_s
+        taken_s, cpu_s = self.worker.paced.now_s - started_s, time.process_time() - cpu_before_s
         return Round(steps * self.streams / taken_s, cpu_s * 1000 / (steps * self.streams))
 
     def close(self) -> None:

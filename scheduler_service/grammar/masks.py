@@ -15,7 +15,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from quartet.scheduler_service.grammar.matchers import (
-    PARALLEL_FROM,
     Bitmask,
     Constrained,
     MaskFiller,
@@ -26,6 +25,7 @@ from quartet.scheduler_service.grammar.matchers import (
 ALL_ALLOWED = -1  # 32 set bits
 NONE_ALLOWED = 0
 THREADS = 2
+LEAST_CORES = 4  # for them: with two, 64 rows took twice as long on two threads as one after the other
 THREAD_FROM_S = 0.001  # of work; less is not worth what the two threads take from each other
 LAST_WEIGHT = 0.25  # of the last step in the moving average of the time for a row
 
@@ -82,8 +82,9 @@ class Masks:
         """`threaded`: whether they have a thread of their own; by default where there is a second core."""
         self._rooms = [Room(bitmask_words(vocab_size)) for _ in range(rooms)]  # the first one is the next
         self._make_room = make_room
-        self._filler = MaskFiller(THREADS)
-        threaded = len(os.sched_getaffinity(0)) > 1 if threaded is None else threaded
+        cores = len(os.sched_getaffinity(0))
+        self._filler = MaskFiller(THREADS if cores >= LEAST_CORES else 1)
+        threaded = cores > 1 if threaded is None else threaded
         self._thread = ThreadPoolExecutor(1, "masks") if threaded else None
         self._begun: Future[Bitmask] | None = None  # in the thread
         self._row_s = THREAD_FROM_S  # the time for a row, as it was lately
@@ -120,7 +121,7 @@ class Masks:
     def _fill(self, constrained: list[Constrained], rows: int) -> Bitmask:
         """The masks of `rows` rows, of which the others allow all. See Matcher.error afterwards."""
         # In a thread, waits for the interpreter do not count; work that is spread over threads is one wait.
-        clock = time.monotonic if len(constrained) >= PARALLEL_FROM else time.thread_time
+        clock = time.monotonic if self._filler.uses_threads(len(constrained)) else time.thread_time
         begun_s = clock()
         room = self._rooms.pop(0)
         self._rooms.append(room)

@@ -24,6 +24,9 @@ class StandInFiller:
         self.threads: list[str] = []
         monkeypatch.setattr(time, "thread_time", lambda: self.now_s)
 
+    def uses_threads(self, requests: int) -> bool:
+        return False
+
     def fill(self, constrained: list[Constrained], bitmask: Bitmask, address: int = 0) -> None:
         assert address in (0, bitmask.ctypes.data)
         self.threads.append(threading.current_thread().name)
@@ -111,6 +114,9 @@ class ScriptedFiller:
         self.go = threading.Event()
         self.go.set()
         self.notes: list[str] = []
+
+    def uses_threads(self, requests: int) -> bool:
+        return False
 
     def fill(self, constrained: list[Constrained], bitmask: Bitmask, address: int = 0) -> None:
         assert address in (0, bitmask.ctypes.data)
