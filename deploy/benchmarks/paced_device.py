@@ -40,6 +40,7 @@ from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.masks import Begun
 from quartet.scheduler_service.grammar.matchers import Grammar, GrammarCompiler
 from quartet.scheduler_service.host.transfer import Arrival
+from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.fused_backend import FusedBackend
 from quartet.scheduler_service.sampling.rows import Draws
 from quartet.scheduler_service.scheduler import Scheduler
@@ -47,6 +48,7 @@ from tests.configs import resolved
 
 FIRST_ID = 1000
 PROMPT_LEN = 16
+CONTEXT = 4096
 SETTINGS: dict[str, Any] = {"dtype": "bfloat16", "page_size": 16, "max_total_tokens": 65536}
 CITIES = (
     "Paris",
@@ -114,7 +116,7 @@ class PacedSteps(FusedSteps):
         self.paced, self.step_s, self.draw_s, self.texts = device, step_s, draw_s, texts
         self.coming: list[int] = []  # by row
         ops = SimpleNamespace(process_logits=self.mask, select=self.choose)
-        self.backend.sampling.ops = ops  # type: ignore[assignment]
+        self.backend.sampling.ops = ops
 
     def compute(self, key: Key) -> None:
         self.paced.work(self.step_s)
@@ -159,8 +161,9 @@ class PacedWorker(Worker):
 
     def make_steps(self, *_: Any) -> Steps:
         model, cache = self.model, self.cache
-        backend = FusedBackend(model.spec.ropes, model.dtype, model.device, "torch", 4096, False, False, None)
-        steps = PacedSteps(model.on(backend), backend, cache, self.tokens, 4096)
+        assert isinstance(model, Decoder)
+        backend = FusedBackend(model.spec.ropes, model.dtype, model.device, "torch", CONTEXT, False, False, None)
+        steps = PacedSteps(model.on(backend), backend, cache, self.tokens, CONTEXT)
         steps.pace(self.paced, *self.pace)
         steps.use_graphs(PlainRecorder(), self.max_running_requests)
         steps.begin()
