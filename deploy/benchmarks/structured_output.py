@@ -1,8 +1,13 @@
-"""What constrained decoding costs: throughput of 16 streams with a JSON schema against the same without, and the delay
+"""What constrained decoding costs: throughput of streams with a JSON schema against the same without, and the delay
 of the first token under a schema that is new to the server. The same with drafts (--speculative-algorithm NGRAM).
 
-    python -m deploy.benchmarks.structured_output [--model DIR|demo|half-billion] [--streams 16] [--tokens 128]
-                                                  [--rounds 7]
+    python -m deploy.benchmarks.structured_output [--model DIR|demo|half-billion|small] [--streams 16]
+                                                  [--tokens 128] [--rounds 7]
+    python -m deploy.benchmarks.structured_output --model small --streams 1 2 4       # steps of about 4 ms on a CPU
+    python -m deploy.benchmarks.structured_output --step-ms 4 --streams 1 4 16 64     # on a device, beside the CPU
+
+`small` is random, with Qwen's vocabulary of 151,936 tokens and a body of --hidden and --layers. With --step-ms, steps
+take that long on a device that leaves the CPU free (paced_device.py), and a draw behind a mask --draw-ms.
 
 Both runs make the same number of tokens: the schema's list is longer than any output, and the free run ignores the end
 token. The runs alternate, and ratios are medians over neighbouring rounds, so that a busy machine disturbs less; least
@@ -14,17 +19,22 @@ import json
 import statistics
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import requests
 
+from deploy.benchmarks import small_model
+from deploy.benchmarks.paced_device import PacedServer, Round
 from tests.servers import Server, launched
 
 WAIT_S = 600
 NEW_SCHEMAS = 20
 HALF_BILLION = Path("/tmp/quartet-half-billion")
+SMALL = "/tmp/quartet-small"
 PROMPT = "Write a list of the capitals of Europe."
 ENDLESS: dict[str, Any] = {
     "type": "array",
@@ -45,13 +55,6 @@ def generate(server: Server, params: dict[str, Any]) -> int:
     answer.raise_for_status()
     tokens: int = answer.json()["meta_info"]["completion_tokens"]
     return tokens
-
-
-class Round(NamedTuple):
-    """Concurrent requests, all together."""
-
-    tokens_per_s: float
-    cpu_ms_per_token: float  # of all processes of the server
 
 
 def run_round(server: Server, streams: int, params: dict[str, Any]) -> Round:
@@ -88,18 +91,19 @@ def new_schema(number: int) -> str:
     return json.dumps({"type": "object", "properties": fields, "required": list(fields), "minItems": number})
 
 
-def compare(server: Server, streams: int, tokens: int, rounds: int, name: str) -> None:
+def compare(serve: Callable[[dict[str, Any]], Round], streams: int, tokens: int, rounds: int, name: str) -> None:
     """Print the rates of the same batch without and with a grammar, in turn, and their ratios."""
-    grammar = {"json_schema": json.dumps(ENDLESS), "max_new_tokens": tokens}
-    free = {"max_new_tokens": tokens}
+    free: dict[str, Any] = {"max_new_tokens": tokens}
+    grammar = {"json_schema": json.dumps(ENDLESS), **free}
     for params in (grammar, free):
-        run_round(server, streams, {**params, "max_new_tokens": 8})
-    pairs = [(run_round(server, streams, free), run_round(server, streams, grammar)) for _ in range(rounds)]
+        serve({**params, "max_new_tokens": min(tokens, 8)})
+    pairs = [(serve(free), serve(grammar)) for _ in range(rounds)]
     for kind, its_rounds in zip(("free", "schema"), zip(*pairs, strict=True), strict=True):
         rate, cpu_ms = (statistics.median(values) for values in zip(*its_rounds, strict=True))
-        print(f"  {name:8} {kind:7} {rate:8.1f} tokens/s   {cpu_ms:6.3f} ms of CPU a token")
+        step = f"{streams * 1000 / rate:6.2f} ms for a token of each"
+        print(f"  {name:8} {streams:3} streams {kind:7} {rate:8.1f} tokens/s {step}   {cpu_ms:6.3f} ms of CPU a token")
     rate, cpu = (statistics.median(with_it[i] / without[i] for without, with_it in pairs) for i in range(2))
-    print(f"  {name:8} ratio   {rate:8.3f}            {cpu:6.3f}")
+    print(f"  {name:8} {streams:3} streams ratio   {rate:8.3f} {'':31} {cpu:6.3f}", flush=True)
 
 
 def delays_of_new_schemas(server: Server) -> None:
@@ -114,28 +118,47 @@ def delays_of_new_schemas(server: Server) -> None:
     print(f"delay by a new schema: median {statistics.median(delays):.1f} ms, {worst}")
 
 
-def run(model: str, streams: int, tokens: int, rounds: int) -> None:
-    print(f"{streams} streams, {tokens} tokens each, {model}; medians of {rounds} rounds")
+def run(model: str, streams: list[int], tokens: int, rounds: int) -> None:
+    print(f"{tokens} tokens each, {model}; medians of {rounds} rounds")
     for name, flags in (("plain", ()), ("drafts", ("--speculative-algorithm", "NGRAM"))):
         with launched("--model-path", model, "--log-level", "warning", *flags) as server:
-            compare(server, streams, tokens, rounds, name)
+            for count in streams:
+                compare(partial(run_round, server, count), count, tokens, rounds, name)
             if not flags:
                 delays_of_new_schemas(server)
+
+
+def run_paced(model: str, streams: list[int], tokens: int, rounds: int, step_ms: float, draw_ms: float) -> None:
+    took = f"a step takes {step_ms} ms and a draw behind a mask {draw_ms}"
+    print(f"{tokens} tokens each, a device on which {took}; medians of {rounds} rounds")
+    for count in streams:
+        server = PacedServer(Path(model), count, tokens, step_ms / 1000, draw_ms / 1000)
+        compare(server.run, count, tokens, rounds, "device")
+        server.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--streams", type=int, nargs="+", default=[16])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--hidden", type=int, default=128, help="of the small model")
+    parser.add_argument("--layers", type=int, default=8, help="of the small model")
+    parser.add_argument("--step-ms", type=float, help="steps of a device beside the CPU; with a small model")
+    parser.add_argument("--draw-ms", type=float, default=0.1, help="of a draw behind a mask, where --step-ms is given")
     given = parser.parse_args()
-    model = given.model
+    model, measured = given.model, (given.streams, given.tokens, given.rounds)
     if model == "half-billion":
         from deploy.benchmarks.half_billion import build
 
         model = str(build(HALF_BILLION, "bfloat16"))
-    run(model, given.streams, given.tokens, given.rounds)
+    if model == "small" or given.step_ms is not None:
+        model = str(small_model.build(Path(f"{SMALL}-{given.hidden}-{given.layers}"), given.hidden, given.layers))
+    if given.step_ms is not None:
+        run_paced(model, *measured, given.step_ms, given.draw_ms)
+    else:
+        run(model, *measured)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 from typing import NamedTuple
 
+import torch
+
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.steps import Step
 from quartet.scheduler_service.grammar.masks import Begun, Masks
 from quartet.scheduler_service.grammar.matchers import Bitmask, Grammar, Matcher
+from quartet.scheduler_service.host.transfer import page_locked
 
 
 class Constraints(NamedTuple):
@@ -13,10 +16,10 @@ class Constraints(NamedTuple):
 
     masks: Masks
 
-    def start(self, step: Step) -> Begun | None:
-        """Begin the masks of the rows that are drawn from; None where none is needed."""
+    def start(self, step: Step, *, awaited: bool = False) -> Begun | None:
+        """Begin the masks of the rows that are drawn from; None where none is needed. `awaited`: see Masks.start."""
         sampled = [(step.states[i], step.plan.slices[i].drafts) for i in step.drawing.sampled]
-        return self.masks.start([(state.matcher, drafts) for state, drafts in sampled])
+        return self.masks.start([(state.matcher, drafts) for state, drafts in sampled], awaited=awaited)
 
     def finish(self, step: Step, masks: Begun | None) -> Bitmask | None:
         """Wait for the masks. Where looking at drafts was too much for a matcher, there is a new one without drafts."""
@@ -31,6 +34,19 @@ class Constraints(NamedTuple):
                 self.masks.refill(bitmask, row, matcher)
             row += 1 + len(share.drafts)
         return bitmask
+
+
+def make_masks(vocab_size: int, device: torch.device, running: int) -> Masks:
+    """The masks of steps on a device. A GPU copies them from where they are made, perhaps while the next are made."""
+    if device.type != "cuda":
+        return Masks(vocab_size)
+
+    def room(rows: int, words: int) -> Bitmask:
+        # At once for all that can run: while more is made, the device may still copy from what there was.
+        made: Bitmask = page_locked((max(rows, running), words), torch.int32).numpy()
+        return made
+
+    return Masks(vocab_size, rooms=2, make_room=room)
 
 
 def matcher_of(sequence: Sequence) -> Matcher | None:

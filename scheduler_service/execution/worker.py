@@ -29,7 +29,7 @@ from quartet.scheduler_service.core.plan import Plan, Result, Slice
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.adapters import NOT_ON_THIS_MODEL, AdapterStore, CpuAdapters, adapter_store
 from quartet.scheduler_service.execution.compile_ahead import start_compiling
-from quartet.scheduler_service.execution.constraints import Constraints, matcher_of
+from quartet.scheduler_service.execution.constraints import Constraints, make_masks, matcher_of
 from quartet.scheduler_service.execution.device_adapters import DeviceAdapters, adapter_pool
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.eager_steps import Attention, EagerSteps, choose_attention
@@ -45,7 +45,7 @@ from quartet.scheduler_service.execution.ranks import Followers, LeadingSteps
 from quartet.scheduler_service.execution.state_cache import make_state_cache, snapshot_options
 from quartet.scheduler_service.execution.steps import Computed, Step, Steps
 from quartet.scheduler_service.execution.verification import LogitRows, logit_rows
-from quartet.scheduler_service.grammar.masks import Begun, Masks
+from quartet.scheduler_service.grammar.masks import Begun
 from quartet.scheduler_service.host.device import available_gb, limit_threads
 from quartet.scheduler_service.host.transfer import Arrival, fetch, send, upload
 from quartet.scheduler_service.model.adapter_pool import AdapterPool
@@ -123,7 +123,7 @@ class Worker:
         if kernels is not None:
             kernels.result()
         self.steps = self.make_steps(config, attention, implementation, followers)
-        self.constraints = Constraints(Masks(self.model.vocab_size))
+        self.constraints = Constraints(make_masks(self.model.vocab_size, self.device, self.max_running_requests))
         self.expert_shape = expert_shape(config, self.model)
         self.expert_recorder = make_recorder(config, self.expert_shape)
         self.log_limits(config)
@@ -349,7 +349,8 @@ class Worker:
         options = [plan.slices[i].sequence.request.logprobs for i in drawing.slices]
         if draws is None:
             self.finish_steps_for(states)
-            bitmask = self.constraints.finish(step, self.constraints.start(step) if masks is None else masks)
+            masks = self.constraints.start(step, awaited=True) if masks is None else masks
+            bitmask = self.constraints.finish(step, masks)
             allowed = None if bitmask is None else send(torch.from_numpy(bitmask), self.device)
             adjust_single_tokens(logits, [state.row for state in states], drawing.positions)
             draws = self.steps.sample(logits, rows, allowed, keep_logits=any(options))

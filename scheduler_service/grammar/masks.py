@@ -3,19 +3,18 @@
 Masks that take long are begun before the forward pass and computed at the same time, in a thread that needs no
 interpreter while it does so; the draw finds them ready. Others are computed at once: a thread takes turns with the one
 that prepares the step, and on a few cores it takes from the forward pass more than it saves. Where the last step's
-tokens are still on a device, the masks are begun once those are here, and the device computes meanwhile.
+tokens are still on a device, the masks are computed once those are here, and the device computes meanwhile.
 """
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from quartet.scheduler_service.grammar.matchers import (
-    PARALLEL_FROM,
     Bitmask,
     Constrained,
     MaskFiller,
@@ -26,15 +25,23 @@ from quartet.scheduler_service.grammar.matchers import (
 ALL_ALLOWED = -1  # 32 set bits
 NONE_ALLOWED = 0
 THREADS = 2
+LEAST_CORES = 4  # for them: with two, 64 rows took twice as long on two threads as one after the other
 THREAD_FROM_S = 0.001  # of work; less is not worth what the two threads take from each other
 LAST_WEIGHT = 0.25  # of the last step in the moving average of the time for a row
+
+
+MakeRoom = Callable[[int, int], Bitmask]  # of so many rows and words, with anything in it
+
+
+def plain_room(rows: int, words: int) -> Bitmask:
+    return np.empty((rows, words), np.int32)
 
 
 class Begun(Protocol):
     """Masks on their way: see Masks.start."""
 
     def result(self, timeout: float | None = None) -> Bitmask:
-        """Wait for them. They are overwritten by the masks that are begun next."""
+        """Wait for them. They are overwritten by later ones: see Masks."""
         ...
 
 
@@ -47,23 +54,48 @@ class Ready(NamedTuple):
         return self.bitmask
 
 
-class Masks:
-    """Makes the bit masks of constrained rows."""
+class Room:
+    """Memory for masks. It stays: fresh memory in each step takes page faults, and its address as long as a mask."""
 
-    def __init__(self, vocab_size: int, threaded: bool | None = None) -> None:
+    def __init__(self, words: int) -> None:
+        self.words = words
+        self.bitmask: Bitmask = np.empty((0, words), np.int32)
+        self.address = 0
+
+    def rows(self, count: int, make: MakeRoom) -> Bitmask:
+        """The first rows of it, which is made anew where it is too small."""
+        if count > len(self.bitmask):
+            self.bitmask = make(count, self.words)
+            self.address = self.bitmask.ctypes.data
+        return self.bitmask[:count]
+
+
+class Masks:
+    """Makes the bit masks of constrained rows.
+
+    They are overwritten by the masks that are begun next, with several `rooms` by those behind so many.
+    """
+
+    def __init__(
+        self, vocab_size: int, threaded: bool | None = None, rooms: int = 1, make_room: MakeRoom = plain_room
+    ) -> None:
         """`threaded`: whether they have a thread of their own; by default where there is a second core."""
-        self._room = np.empty((0, bitmask_words(vocab_size)), np.int32)  # fresh memory in each step takes page faults
-        self._address = 0  # of the room
-        self._filler = MaskFiller(THREADS)
-        threaded = len(os.sched_getaffinity(0)) > 1 if threaded is None else threaded
+        self._rooms = [Room(bitmask_words(vocab_size)) for _ in range(rooms)]  # the first one is the next
+        self._make_room = make_room
+        cores = len(os.sched_getaffinity(0))
+        self._filler = MaskFiller(THREADS if cores >= LEAST_CORES else 1)
+        threaded = cores > 1 if threaded is None else threaded
         self._thread = ThreadPoolExecutor(1, "masks") if threaded else None
         self._begun: Future[Bitmask] | None = None  # in the thread
         self._row_s = THREAD_FROM_S  # the time for a row, as it was lately
 
-    def start(self, requests: Sequence[tuple[Matcher | None, tuple[int, ...]]]) -> Begun | None:
+    def start(
+        self, requests: Sequence[tuple[Matcher | None, tuple[int, ...]]], *, awaited: bool = False
+    ) -> Begun | None:
         """Begin the masks of a step's rows: for each request, one, and one more behind each of its drafts.
 
-        None where no request is constrained. Until the result is there, nobody else may use the matchers.
+        None where no request is constrained. Until the result is there, nobody else may use the matchers. `awaited`:
+        nothing is done before the result is asked for.
         """
         constrained, rows = [], 0
         for matcher, drafts in requests:
@@ -75,7 +107,7 @@ class Masks:
         if self._begun is not None:
             wait((self._begun,))  # of a step that has failed: nobody has asked for its masks
             self._begun = None
-        if self._thread is not None and rows * self._row_s >= THREAD_FROM_S:
+        if self._thread is not None and not awaited and rows * self._row_s >= THREAD_FROM_S:
             self._begun = self._thread.submit(self._fill, constrained, rows)
             return self._begun
         return Ready(self._fill(constrained, rows))
@@ -89,21 +121,17 @@ class Masks:
     def _fill(self, constrained: list[Constrained], rows: int) -> Bitmask:
         """The masks of `rows` rows, of which the others allow all. See Matcher.error afterwards."""
         # In a thread, waits for the interpreter do not count; work that is spread over threads is one wait.
-        clock = time.monotonic if len(constrained) >= PARALLEL_FROM else time.thread_time
+        clock = time.monotonic if self._filler.uses_threads(len(constrained)) else time.thread_time
         begun_s = clock()
-        bitmask = self._rows(rows)
+        room = self._rooms.pop(0)
+        self._rooms.append(room)
+        bitmask = room.rows(rows, self._make_room)
         if rows > len(constrained):  # else each is written to
             bitmask.fill(ALL_ALLOWED)
-        self._filler.fill(constrained, bitmask, self._address)
+        self._filler.fill(constrained, bitmask, room.address)
         self._row_s += LAST_WEIGHT * ((clock() - begun_s) / rows - self._row_s)
         for matcher, row, drafts in constrained:
             if matcher.failed:
                 bitmask[row] = ALL_ALLOWED  # its request ends; the row must only not fail the others
                 bitmask[row + 1 : row + 1 + len(drafts)] = NONE_ALLOWED  # no draw behind the first one counts
         return bitmask
-
-    def _rows(self, count: int) -> Bitmask:
-        if count > len(self._room):
-            self._room = np.empty((count, self._room.shape[1]), np.int32)
-            self._address = self._room.ctypes.data  # asking for it takes as long as computing a mask
-        return self._room[:count]

@@ -131,10 +131,14 @@ class Constrained(NamedTuple):
 
 
 class MaskFiller:
-    """Fills the rows of a bitmask; many rows on a few threads."""
+    """Fills the rows of a bitmask; many rows on a few threads, where there are several."""
 
     def __init__(self, threads: int) -> None:
-        self._executor = LLExecutor(num_threads=threads)
+        self._executor = LLExecutor(num_threads=threads) if threads > 1 else None
+
+    def uses_threads(self, requests: int) -> bool:
+        """Whether it takes threads of its own for so many."""
+        return self._executor is not None and requests >= PARALLEL_FROM
 
     def fill(self, constrained: Sequence[Constrained], bitmask: Bitmask, address: int = 0) -> None:
         """Write the masks of each request to its rows; the other rows stay as they are. See Matcher.error afterwards.
@@ -147,7 +151,7 @@ class MaskFiller:
         address, row_bytes = address or bitmask.ctypes.data, words * 4
         for _, row, drafts in constrained:
             assert 0 <= row < count - len(drafts), (row, drafts, bitmask.shape)
-        if len(constrained) >= PARALLEL_FROM:
+        if self.uses_threads(len(constrained)):
             self._fill_in_parallel(constrained, address, row_bytes, count)
             return
         for matcher, row, drafts in constrained:
@@ -159,6 +163,7 @@ class MaskFiller:
 
     def _fill_in_parallel(self, constrained: Sequence[Constrained], address: int, row_bytes: int, count: int) -> None:
         """The same on the executor's threads, which take requests with and without drafts in two calls."""
+        assert self._executor is not None
         drafted = [(matcher.engine, row, list(drafts)) for matcher, row, drafts in constrained if drafts]
         others = [(matcher.engine, row) for matcher, row, drafts in constrained if not drafts]
         if others:

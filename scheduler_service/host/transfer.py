@@ -23,6 +23,14 @@ def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype | Non
     return send(torch.tensor(values, dtype=dtype), device)
 
 
+def page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory of the host, with anything in it, from which `send` copies to a GPU without another copy before.
+
+    Whoever writes there again must know that the copy has been made.
+    """
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+
 def fetch(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor to the host; its values are valid once an Arrival made afterwards has been waited for."""
     if tensor.device.type == "cpu":

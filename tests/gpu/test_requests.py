@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy
 import pytest
 import torch
@@ -84,9 +85,34 @@ def test_hidden_states_are_those_of_the_cpu(llama):
         assert ours.hidden_states == pytest.approx(theirs.hidden_states, abs=1e-3)
 
 
-def test_grammars_constrain_overlapped_steps_on_a_gpu(llama):
-    constrained = SamplingParams(temperature=1.0, max_new_tokens=40, json_schema=json.dumps(OBJECT))
-    expected, found = both(llama, lambda engine: engine.generate(PROMPTS[:2], [constrained, GREEDY], seed=3))
+@pytest.mark.parametrize("case", CASES)
+def test_grammars_constrain_overlapped_steps_on_a_gpu(llama, case):
+    constrained = msgspec.structs.replace(CASES[case], json_schema=json.dumps(OBJECT))
+    each = [constrained, GREEDY, msgspec.structs.replace(constrained, stop_token_ids=[*range(40, 60)])]
+
+    def run(engine: Engine) -> list[Answer]:
+        return engine.generate(PROMPTS, each, seed=3, logprobs=LogprobOptions(top=2))
+
+    expected, found = both(llama, run)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.ids, ours.finish, ours.logprobs.top_ids) == (theirs.ids, theirs.finish, theirs.logprobs.top_ids)
+        assert_close(ours.logprobs.values, theirs.logprobs.values)
+
+
+def test_masks_are_not_written_over_while_the_device_may_still_read_those_of_the_step_before(llama):
+    """One request has drawn its last token when another one, in the next step, draws its first."""
+
+    def run(engine: Engine) -> list[Answer]:
+        for chunks in range(1, 6):
+            for limit in range(1, 6):
+                each = [SamplingParams(max_new_tokens=count, json_schema=json.dumps(OBJECT)) for count in (limit, 4)]
+                prompts = zip((PROMPTS[0], [chunks, limit, *range(20, 18 + 8 * chunks)]), each, strict=True)
+                for prompt, params in prompts:
+                    engine.add(prompt, params, seed=5)
+                engine.run()
+        return list(engine.answers.values())
+
+    expected, found = both(llama, run, chunked_prefill_size=8)
     assert [answer.ids for answer in found] == [answer.ids for answer in expected]
 
 

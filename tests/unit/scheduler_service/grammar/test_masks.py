@@ -24,6 +24,9 @@ class StandInFiller:
         self.threads: list[str] = []
         monkeypatch.setattr(time, "thread_time", lambda: self.now_s)
 
+    def uses_threads(self, requests: int) -> bool:
+        return False
+
     def fill(self, constrained: list[Constrained], bitmask: Bitmask, address: int = 0) -> None:
         assert address in (0, bitmask.ctypes.data)
         self.threads.append(threading.current_thread().name)
@@ -80,6 +83,14 @@ def test_many_rows_go_to_the_thread_where_few_do_not(filler: StandInFiller) -> N
     assert own_thread(filler)
 
 
+def test_masks_that_are_waited_for_are_computed_at_once_whatever_they_cost(filler: StandInFiller) -> None:
+    masks = masks_with(filler)
+    filler.takes_s = 10 * THREAD_FROM_S
+    matcher: Any = StandInMatcher()
+    for _ in range(2):
+        assert masks.start([(matcher, ())] * 60, awaited=True) is not None and not own_thread(filler)
+
+
 def test_a_step_without_a_grammar_has_no_masks(filler: StandInFiller) -> None:
     assert masks_with(filler).start([(None, ()), (None, ())]) is None and not filler.threads
 
@@ -104,6 +115,9 @@ class ScriptedFiller:
         self.go.set()
         self.notes: list[str] = []
 
+    def uses_threads(self, requests: int) -> bool:
+        return False
+
     def fill(self, constrained: list[Constrained], bitmask: Bitmask, address: int = 0) -> None:
         assert address in (0, bitmask.ctypes.data)
         self.notes.append("begin")
@@ -115,7 +129,11 @@ class ScriptedFiller:
 
 @pytest.fixture
 def scripted() -> Masks:
-    masks: Any = Masks(64, threaded=True)
+    return scripted_masks()
+
+
+def scripted_masks(**options: Any) -> Masks:
+    masks: Any = Masks(64, threaded=True, **options)
     masks._filler = ScriptedFiller()
     return masks
 
@@ -135,6 +153,22 @@ def test_rows_without_a_grammar_allow_all_whatever_stood_there_before(scripted: 
     assert numbers(scripted, (one, ()), (two, ()), (one, (7, 8))) == [1, 2, 1, 1, 1]
     assert numbers(scripted, (None, ()), (two, ()), (None, (7,))) == [-1, 2, -1, -1]
     assert numbers(scripted, (two, ())) == [2]
+
+
+def test_with_two_rooms_masks_stay_until_those_behind_the_next_are_begun() -> None:
+    made: list[tuple[int, int]] = []
+
+    def make_room(rows: int, words: int) -> Bitmask:
+        made.append((rows, words))
+        return np.empty((4, words), np.int32)
+
+    masks = scripted_masks(rooms=2, make_room=make_room)
+    first, second = (masks.start([(matcher(number), ())] * 3) for number in (1, 2))
+    assert first is not None and second is not None
+    assert [begun.result(120)[:, 0].tolist() for begun in (first, second)] == [[1, 1, 1], [2, 2, 2]]
+    assert numbers(masks, (matcher(3), ())) == [3]
+    assert [begun.result(120)[:, 0].tolist() for begun in (first, second)] == [[3, 1, 1], [2, 2, 2]]
+    assert numbers(masks, *[(matcher(4), ())] * 4) == [4] * 4 and made == [(3, 2), (3, 2)]
 
 
 def test_a_failed_request_harms_no_other_row_and_none_of_its_drafts_counts(scripted: Masks) -> None:

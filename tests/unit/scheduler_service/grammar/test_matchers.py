@@ -514,6 +514,17 @@ def test_a_batch_of_masks_equals_the_masks_one_by_one(tools):
     assert (bitmask[[1, 5]] == -1).all()
 
 
+def test_many_rows_get_the_same_masks_one_after_the_other_and_on_several_threads(tools):
+    sources, requests = ["a+", "[0-9]{2}", "(x|y)z"], PARALLEL_FROM + 5
+    matchers = [tools.compiler.compile("regex", sources[i % 3]).matcher() for i in range(requests)]
+    bitmasks = []
+    for filler in (MaskFiller(threads=1), MaskFiller(threads=2)):
+        bitmasks.append(np.zeros((requests, bitmask_words(tools.vocab_size)), dtype=np.int32))
+        filler.fill([Constrained(matcher, row) for row, matcher in enumerate(matchers)], bitmasks[-1])
+        assert filler.uses_threads(requests) == (len(bitmasks) == 2)
+    assert bitmasks[0].any() and (bitmasks[0] == bitmasks[1]).all()
+
+
 @pytest.mark.parametrize("requests", [3, PARALLEL_FROM + 3])
 def test_each_draft_has_a_mask_behind_it_up_to_one_that_is_refused(requests, tools):
     grammar = tools.compiler.compile("regex", "[0-9]{3}x|q")
