@@ -25,7 +25,7 @@ from quartet.scheduler_service.grammar.matchers import (
 ALL_ALLOWED = -1  # 32 set bits
 NONE_ALLOWED = 0
 THREADS = 2
-LEAST_CORES = 4  # for them: with two, 64 rows took twice as long on two threads as one after the other
+LEAST_CORES = 4  # for them: with two, 64 rows took longer on two threads than one after the other
 THREAD_FROM_S = 0.001  # of work; less is not worth what the two threads take from each other
 LAST_WEIGHT = 0.25  # of the last step in the moving average of the time for a row
 
