@@ -127,7 +127,7 @@ INLINE void ask(const struct asked *asked, int step) {
 #pragma GCC unroll 2
     for (int block = 0; block < 2; block++)
         for (int line = 0; asked->from[block] && line < asked->lines; line++)
-            _mm_prefetch((const char *)asked->from[block] + (step * asked->lines + line) * CACHE_LINE, _MM_HINT_T0);
+            _mm_prefetch((const char *)asked->from[block] + (step * asked->lines + line) * CACHE_LINE, _MM_HINT_T1);
 }
 
 /* `steps` of k and `halves` (row blocks) are constants of the caller. */
@@ -206,11 +206,11 @@ INLINE const uint16_t *group_scales(const struct plan *plan, struct group_place 
     return quantized_scales(&plan->p->quantized, plan->depth, block_of(plan, at.panel, place), at.from);
 }
 
-/* What a job asks for. Of few rows the first 32 ask for all of the group that comes next; of many each asks for a share. */
+/* What a job asks for: all of the group that comes next, if there are no other rows, else a share of it. */
 INLINE struct asked asked_by(const struct plan *plan, struct group_place next, int64_t row, int64_t steps) {
     struct asked asked = {{0, 0}, 16};
-    if (plan->padded_rows <= MANY_ROWS) {
-        for (int place = 0; place < 2 && !row; place++)
+    if (plan->padded_rows <= GRID_ROWS) {
+        for (int place = 0; place < 2; place++)
             asked.from[place] = group_numbers(plan, next, place);
         return asked;
     }

@@ -10,10 +10,15 @@
 
 #if defined(__AMX_BF16__)
 #define MOST_INTEGER_ROWS 8 /* for more it is faster to expand the weight */
+#define MOST_ROTATED_ROWS 4 /* for more it is faster to multiply tiles of integers */
 #elif defined(__AVX512VNNI__)
 #define MOST_INTEGER_ROWS 512
 #else
 #define MOST_INTEGER_ROWS 16
+#endif
+
+#ifndef MOST_ROTATED_ROWS
+#define MOST_ROTATED_ROWS MOST_INTEGER_ROWS
 #endif
 
 #define AHEAD 2048 /* bytes */

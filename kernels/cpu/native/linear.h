@@ -281,8 +281,11 @@ static int plan_adapters(struct plan *plan, struct plan *plain, int64_t rows) {
     return plain->x ? 0 : -1;
 }
 
+INLINE int is_rotated(const struct product *p) { return p->quantized.numbers && p->quantized.rotated; }
+
 INLINE int as_integers(const struct product *p) {
-    return p->quantized.numbers && !p->quantized.exact && p->rows <= MOST_INTEGER_ROWS;
+    int64_t most = is_rotated(p) ? MOST_ROTATED_ROWS : MOST_INTEGER_ROWS;
+    return p->quantized.numbers && !p->quantized.exact && p->rows <= most;
 }
 
 INLINE int on_tiles(const struct product *p) {
@@ -293,8 +296,6 @@ INLINE int on_tiles(const struct product *p) {
     return 0;
 #endif
 }
-
-INLINE int is_rotated(const struct product *p) { return p->quantized.numbers && p->quantized.rotated; }
 
 INLINE int as_integer_tiles(const struct product *p) { return on_tiles(p) && is_rotated(p) && !p->quantized.exact; }
 

@@ -112,7 +112,7 @@ def test_rows_have_the_same_bits_by_any_number_of_threads_and_rows_beside_them(k
 def test_few_rows_have_the_same_bits_on_every_instruction_set():
     n, k = 100, 896
     weight = made(n, k)[1].argument(exact=False)
-    for rows in (1, 2, 3, 4, 7, 8):
+    for rows in (1, 2, 3, 4):
         x, outs = torch.randn(rows, k).bfloat16(), []
         for name in INSTRUCTION_SETS:
             try:
