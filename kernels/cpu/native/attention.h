@@ -37,7 +37,7 @@ INLINE void weigh(const struct stream *stream, const struct unit *unit, const st
 }
 
 /* What is left of a unit that is scored; `next`, or null, is scored on the way. */
-static void finish(const struct stream *stream, const struct unit *unit, const struct unit *next) {
+INLINE void finish(const struct stream *stream, const struct unit *unit, const struct unit *next) {
     const struct task *task = unit->task;
     const struct attention *a = task->a;
     vec scale = vec_set(a->softcap > 0.0f ? LOG2_E : a->scale * LOG2_E);

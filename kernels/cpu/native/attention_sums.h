@@ -12,21 +12,21 @@ INLINE struct sums earlier_sums(struct workspace *work, int64_t place, int64_t d
     return (struct sums){values, work->earlier_largest[place], work->earlier_total[place]};
 }
 
-static void clear_sums(struct sums sums, int64_t dim) {
+OUTLINE void clear_sums(struct sums sums, int64_t dim) {
     memset(sums.values, 0, (size_t)(TILE_ROWS * dim) * 4);
     vec_store(sums.largest, vec_set(HIDDEN_SCORE));
     vec_store(sums.total, vec_set(0.0f));
 }
 
 /* The sums of `rows` rows from one on in place of those of the first ones of a tile. */
-static void copy_sums(struct sums to, struct sums from, int64_t row, int64_t rows, int64_t dim) {
+OUTLINE void copy_sums(struct sums to, struct sums from, int64_t row, int64_t rows, int64_t dim) {
     memcpy(to.values, from.values + row * dim, (size_t)(rows * dim) * 4);
     memcpy(to.largest, from.largest + row, (size_t)rows * 4);
     memcpy(to.total, from.total + row, (size_t)rows * 4);
 }
 
 /* Sums of a span added to those of the spans before. */
-static void join_sums(struct sums sums, struct sums more, int64_t dim) {
+OUTLINE void join_sums(struct sums sums, struct sums more, int64_t dim) {
     vec before = vec_load(sums.largest), now = vec_load(more.largest), largest = vec_max(before, now);
     vec shrink = power_of_two(vec_sub(before, largest)), share = power_of_two(vec_sub(now, largest));
     float shrinks[TILE_ROWS], shares[TILE_ROWS];
@@ -45,7 +45,7 @@ static void join_sums(struct sums sums, struct sums more, int64_t dim) {
 INLINE int has_earlier(const struct task *task) { return task->since / SPAN_KEYS < (task->end - 1) / SPAN_KEYS; }
 
 /* A task's sums: nothing yet, or what they were where the keys end that several sequences share. */
-static void begin_sums(const struct task *task) {
+OUTLINE void begin_sums(const struct task *task) {
     struct workspace *work = task->work;
     int64_t dim = task->a->dim;
     for (int64_t place = task->place; place < task->place + tiles_of(task); place++) {

@@ -19,13 +19,14 @@ struct workspace {
     float sums[PLACES * TILE_ROWS * MOST_DIM]; /* by tile: weighted values (16, dim), not divided yet */
     float largest[PLACES][TILE_ROWS];          /* score so far, as a power of two */
     float total[PLACES][TILE_ROWS];
-    float earlier_sums[PLACES * TILE_ROWS * MOST_DIM], earlier_largest[PLACES][TILE_ROWS], earlier_total[PLACES][TILE_ROWS];
     const bf16 *key_rows[MOST_HEADS][BLOCK_KEYS / TILE_ROWS]; /* where 16 keys of the block that is scored begin */
     bf16 keys[BLOCK_KEYS * MOST_DIM], values[TILE_ROWS * MOST_DIM]; /* copies where they do not lie together */
     bf16 paired[BLOCK_KEYS * MOST_DIM];                             /* by head: values as (keys / 2, dim, 2) */
     float scores[2][BLOCK_KEYS][TILE_ROWS];                         /* of this unit and the next */
     bf16 weights[BLOCK_KEYS / TILE_DEPTH][TILE_ROWS][TILE_DEPTH];
     int lanes; /* that the tiles are configured for */
+    float earlier_sums[PLACES * TILE_ROWS * MOST_DIM]; /* of spans before */
+    float earlier_largest[PLACES][TILE_ROWS], earlier_total[PLACES][TILE_ROWS];
 } __attribute__((aligned(CACHE_LINE)));
 
 /* Tiles 2, 3 and 7 have so many rows, the others 16. */

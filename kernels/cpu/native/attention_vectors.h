@@ -28,12 +28,13 @@ struct workspace {
     float sums[PLACES * TILE_ROWS * MOST_DIM];         /* by tile: weighted values (16, dim), not divided yet */
     float largest[PLACES][TILE_ROWS];                  /* score so far, as a power of two */
     float total[PLACES][TILE_ROWS];
-    float earlier_sums[PLACES * TILE_ROWS * MOST_DIM], earlier_largest[PLACES][TILE_ROWS], earlier_total[PLACES][TILE_ROWS];
     float keys[BLOCK_KEYS * MOST_DIM];                 /* (keys / 16, dim, 16) */
     const bf16 *value_rows[BLOCK_KEYS / TILE_ROWS];    /* where 16 values of the block begin */
     bf16 copied[TILE_ROWS * MOST_DIM], values[BLOCK_KEYS * MOST_DIM]; /* where they do not lie together */
     float scores[TILE_ROWS][BLOCK_KEYS];               /* of a unit, then its weights */
     float shrink[TILE_ROWS];                           /* what sums so far are multiplied with */
+    float earlier_sums[PLACES * TILE_ROWS * MOST_DIM]; /* of spans before */
+    float earlier_largest[PLACES][TILE_ROWS], earlier_total[PLACES][TILE_ROWS];
 } __attribute__((aligned(CACHE_LINE)));
 
 /* Queries on their way in, scaled so that scores are powers of two, or are in units of the cap. */

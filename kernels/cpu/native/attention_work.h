@@ -299,7 +299,7 @@ INLINE struct sums partial_sums(const struct attending *attending, int64_t parti
 }
 
 /* What a task whose keys have all been added leaves. */
-static void end_task(const struct attending *attending, const struct task *task) {
+OUTLINE void end_task(const struct attending *attending, const struct task *task) {
     int64_t dim = task->a->dim;
     if (task->item->partial)
         copy_sums(partial_sums(attending, task->item->partial), present_sums(task->work, 0, dim), 0, TILE_ROWS, dim);
