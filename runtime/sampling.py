@@ -13,6 +13,7 @@ import msgspec
 from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
 
+MOST_BIAS = 3.4028234663852886e38  # the largest number of float32, in which logits are
 GREEDY_BELOW = 1e-6  # temperatures under this are greedy
 ID_DIGITS = 10  # of a token id; what is longer is none, and need not be read
 
@@ -201,8 +202,8 @@ CHECKS: list[Check] = [
     ),
     (
         "logit_bias",
-        lambda p: all(isfinite(bias) for bias in (p.logit_bias or {}).values()),
-        lambda p: "logit_bias must have finite values.",
+        lambda p: all(abs(bias) <= MOST_BIAS for bias in (p.logit_bias or {}).values()),
+        lambda p: f"logit_bias must have values in [-{MOST_BIAS}, {MOST_BIAS}].",
     ),
     (
         "grammar",

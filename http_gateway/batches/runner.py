@@ -34,6 +34,8 @@ FULL = (
     "The store of files has no room for more results, which all files and running batches share (--files-store-size)."
 )
 EXPIRED = Failure("batch_expired", "The batch's completion window ended before this request could be executed.")
+FILE_DELETED = "The file of the batch was deleted while it ran."
+RESULTS_DELETED = "What the server keeps of the batch was deleted while it ran, its results too (--files-store)."
 LOOK_EVERY_S = 0.1  # whether the server is up
 AGAIN_AFTER_S = 10.0  # a disk was full
 THREADS = 2  # that read whole files, of all batches together: threads for requests are others
@@ -157,8 +159,7 @@ class BatchRunner:
             made = await self._in_thread(self._split, batch)  # what was answered is not thrown away
             await self._fail(batch, [Wrong("store_full", str(error))], made)
         except FileNotFoundError:
-            made = await self._in_thread(self._split, batch)  # likewise
-            await self._fail(batch, [Wrong("file_deleted", "The file of the batch was deleted while it ran.")], made)
+            await self._fail_without_files(batch)
         except (OSError, RequestError):
             raise
         except Exception as error:
@@ -258,6 +259,15 @@ class BatchRunner:
             else:
                 path.unlink()
         return made
+
+    async def _fail_without_files(self, batch: Batch) -> None:
+        """End a batch whose file was deleted, or its results too; what is left of them is not thrown away."""
+        try:
+            made = await self._in_thread(self._split, batch)
+        except FileNotFoundError:
+            await self._fail(batch, [Wrong("results_deleted", RESULTS_DELETED)])
+        else:
+            await self._fail(batch, [Wrong("file_deleted", FILE_DELETED)], made)
 
     async def _fail(self, batch: Batch, wrong: list[Wrong], made: Sequence[StoredFile] = ()) -> None:
         batch.errors = WrongList(wrong)

@@ -3,13 +3,15 @@
 The directory has the content of each file under its id, and a SQLite database with what is known of them. No file is
 ever dropped to make room: a client deletes what it no longer needs, and each goes at its own time (`expires_at`), but
 for one that an unfinished batch reads. What is known of batches that are over has the room that files leave; beyond
-that, the oldest are forgotten, and each some time after its end.
+that, the oldest are forgotten, and each some time after its end. A directory that somebody deletes or moves away while
+the server runs is made anew, and what was in it is gone.
 
 Every method but `run` blocks. The event loop calls them by `run`, in a thread of the store's own.
 """
 
 import asyncio
 import fcntl
+import logging
 import os
 import shutil
 import sqlite3
@@ -28,6 +30,8 @@ import msgspec
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import Kind, RequestError, StartupError
 from quartet.runtime.limits import MAX_BATCHES, MAX_FILES, MAX_UNFINISHED_BATCHES
+
+log = logging.getLogger(__name__)
 
 DATABASE, LOCK = "files.sqlite", "lock"
 FORMAT = 2  # of the database, as its user_version
@@ -110,6 +114,7 @@ class FileStore:
         self._results: dict[str, int] = {}  # bytes of the results of running batches, by the batch's id
         self.directory = Path()
         self._owned = -1  # descriptor of the lock file
+        self._inode = (0, 0)  # of the database: its device and number
 
     def open(self) -> None:
         """Take the directory. Raises StartupError where another server has it or it cannot be used, naming the flag."""
@@ -135,10 +140,10 @@ class FileStore:
         """Whether the results of a running batch may have so many bytes in all; if so, they are its own until its end.
 
         Running batches share the room that files leave. Beyond a small share that each of them has for itself, the
-        first to come has it.
+        first to come has it. Raises RequestError (503) where the directory cannot be used any more.
         """
         with self._lock:
-            self._opened()
+            self._found()
             room = self.most_bytes - self._file_bytes
             own = room // MAX_UNFINISHED_BATCHES
             if size > room - sum(max(own, taken) for other, taken in self._results.items() if other != batch_id):
@@ -255,9 +260,7 @@ class FileStore:
         """Leave the directory to others; one that was for this process alone is removed."""
         with self._lock:
             if self._database is not None:
-                self._database.close()
-                os.close(self._owned)
-                self._database = None
+                self._leave()
                 if self._given is None:
                     shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -269,7 +272,7 @@ class FileStore:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """The database. Raises RequestError (503) where it fails."""
         with self._lock:
-            database = self._opened()
+            database = self._found()
             try:
                 changes = database.total_changes
                 database.execute("BEGIN IMMEDIATE")
@@ -298,6 +301,28 @@ class FileStore:
             database.executemany("DELETE FROM files WHERE id = ?", [(file_id,) for file_id in expired])
         return list(expired)
 
+    def _found(self) -> sqlite3.Connection:
+        """The database; a new one where the directory has gone. Raises RequestError (503) where it cannot be made."""
+        if self._database is not None and inode_of(self.directory / DATABASE) != self._inode:
+            log.error(
+                "--files-store: %s was deleted or moved, with all files and batches. It is made anew.", self.directory
+            )
+            self._leave()
+        try:
+            return self._opened()
+        except StartupError as error:
+            raise RequestError(str(error), Kind.UNAVAILABLE) from error
+
+    def _leave(self) -> None:
+        """Let go of the directory."""
+        if self._database is not None:
+            with suppress(sqlite3.Error):  # its file may be gone
+                self._database.close()
+            self._database = None
+        if self._owned >= 0:
+            os.close(self._owned)
+            self._owned = -1
+
     def _opened(self) -> sqlite3.Connection:
         if self._database is None:
             try:
@@ -306,11 +331,14 @@ class FileStore:
                 self._owned = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 fcntl.flock(self._owned, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._database = opened(self.directory / DATABASE)
+                self._inode = inode_of(self.directory / DATABASE)
                 self._sweep(self._database)
                 self._file_bytes = bytes_of_files(self._database)
             except BlockingIOError:
+                self._leave()
                 raise StartupError(f"--files-store: another server uses {str(self.directory)!r}") from None
             except (OSError, sqlite3.Error) as error:
+                self._leave()
                 raise StartupError(f"--files-store: cannot use {str(self._given)!r}: {error}") from None
         return self._database
 
@@ -335,6 +363,15 @@ def opened(path: Path) -> sqlite3.Connection:
     earlier = FROM_FORMAT_1 if found == 1 else ""
     database.executescript(f"BEGIN IMMEDIATE; {earlier} {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
     return database
+
+
+def inode_of(path: Path) -> tuple[int, int]:
+    """Device and number of a file; no file's where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_dev, found.st_ino
 
 
 def bytes_of_files(database: sqlite3.Connection) -> int:

@@ -48,6 +48,8 @@ KEEPS_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=268435456:"
     "glibc.malloc.trim_threshold=4294967296:glibc.malloc.hugetlb=1"
 }
+# With --low-memory: MKL would keep some 17 MB of buffers for each thread that multiplies.
+KEEPS_NO_BUFFERS = {"MKL_DISABLE_FAST_MM": "1"}
 
 # In ring order: each role sends to the next, the last to the first.
 SERVICES = (
@@ -112,7 +114,7 @@ def run(config: ServerConfig, services: Sequence[Service]) -> int:
         directory, lifeline_fd = stack.enter_context(run_dir.private(run_dir.base(os.environ)))
         for note in resolution.notes:
             log.warning("%s", note)
-        table = ranked(services, resolved.dp_size)
+        table = ranked(saving(services) if resolved.low_memory else services, resolved.dp_size)
         check_path_length(str(directory), table)
         resolved = hub.locate(resolved, directory)
         resolved = msgspec.structs.replace(resolved, is_embedding=embeds(resolved))
@@ -134,6 +136,7 @@ def run_ranks(resolution: Resolution) -> int:
         Service(f"{SCHEDULER} TP{rank}", NODE_RANK, threads=0, environment=KEEPS_MEMORY)
         for rank in range(first, first + config.ranks_here)
     ]
+    ranks = saving(ranks) if config.low_memory else ranks
     for note in resolution.notes:
         log.warning("%s", note)
     with run_dir.private(run_dir.base(os.environ)) as (directory, lifeline_fd):
@@ -153,6 +156,11 @@ def ranked(services: Sequence[Service], size: int) -> list[Service]:
         for service in services
         for rank in range(size if service.role == SEVERAL else 1)
     ]
+
+
+def saving(services: Sequence[Service]) -> list[Service]:
+    """The table where libraries keep less memory, see --low-memory."""
+    return [replace(service, environment={**service.environment, **KEEPS_NO_BUFFERS}) for service in services]
 
 
 def check_memory(memory: Memory) -> None:

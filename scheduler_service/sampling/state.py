@@ -5,7 +5,7 @@ from array import array
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.core.thought_budget import thought_budget_of
-from quartet.scheduler_service.sampling.adjust import ADJUSTMENTS
+from quartet.scheduler_service.sampling.adjust import ADJUSTMENTS, CERTAIN
 from quartet.scheduler_service.sampling.rows import DrawSettings, Feature, Row
 
 MOST_TEMPERATURE = 1e38  # by which all tokens are equally likely, and which float32 has
@@ -22,7 +22,7 @@ def make_row(sequence: Sequence, eos_ids: list[int]) -> Row:
         prompt_len=sequence.prompt_len,
         end_ids=sorted({*eos_ids, *(params.stop_token_ids or ())}),
         bias_ids=array("q", map(int, bias)),
-        biases=array("f", bias.values()),
+        biases=array("f", (min(max(-CERTAIN, value), CERTAIN) for value in bias.values())),
         counts_output=any(adjustment.counts_output and adjustment.is_used(params) for adjustment in ADJUSTMENTS),
         thought_budget=thought_budget_of(sequence.request, sequence.prompt_len),
     )

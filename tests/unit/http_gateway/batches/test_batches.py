@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import shutil
 import threading
 from typing import Any
 
@@ -393,6 +394,73 @@ async def test_a_batch_whose_file_has_gone_fails_and_keeps_what_was_answered():
         assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "file_deleted")
         results = await content(server, batch["output_file_id"])
         assert len(results) == 2 == batch["request_counts"]["completed"]
+
+
+@pytest.mark.parametrize("is_moved", [False, True])
+@pytest.mark.parametrize("answered", [0, 2, 3])
+@asynchronous
+async def test_a_batch_whose_store_has_gone_fails_and_the_store_is_made_anew(tmp_path, answered, is_moved):
+    """Somebody deletes the directory, or moves it away, before the batch, amid it, or before its last request ends."""
+    answers, held = 0, list[Any]()
+
+    def script(generate: Any) -> list[Any]:
+        nonlocal answers
+        answers += 1
+        if answers > answered:
+            held.append(generate)
+        return words("Hello")(generate) if answers <= answered else []
+
+    directory = tmp_path / "store"
+    async with served(script, files_store=str(directory)) as server:
+        batch_id = await begin(server, lines(4))
+        while (await get(server, batch_id))["request_counts"]["completed"] < answered or len(held) < 4 - answered:
+            await asyncio.sleep(0.01)
+        if is_moved:
+            directory.rename(tmp_path / "elsewhere")
+        else:
+            shutil.rmtree(directory)
+        for generate in held:
+            server.ring.push(*words("Hello")(generate))
+        batch = await ended(server, batch_id)
+        assert (batch["status"], batch["output_file_id"]) == ("failed", None)
+        assert batch["errors"]["data"][0]["code"] in ("results_deleted", "file_deleted")
+        assert not runner_of(server)._live
+        server.ring.script = words("Hello")
+        batch = await ended(server, await begin(server, lines(2)))
+        assert (batch["status"], len(await content(server, batch["output_file_id"]))) == ("completed", 2)
+        listed = (await server.client.get("/v1/batches")).json()["data"]
+        assert [entry["status"] for entry in listed] == ["completed", "failed"]
+
+
+@asynchronous
+async def test_a_batch_that_waits_when_its_store_goes_fails(tmp_path):
+    directory = tmp_path / "store"
+    async with served(words("Hello"), files_store=str(directory)) as server:
+        batch_id, batches = await begin(server, lines(1)), runner_of(server)
+        record = batches._live[batch_id]
+        tasks = list(batches._tasks.values())
+        batches.stop()
+        await asyncio.wait(tasks)
+        shutil.rmtree(directory)
+        batches._start(record)
+        batch = await ended(server, batch_id)
+        assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "results_deleted")
+        assert "--files-store" in batch["errors"]["data"][0]["message"]
+
+
+@asynchronous
+async def test_a_store_that_cannot_be_made_anew_is_a_503_until_it_can(tmp_path):
+    directory = tmp_path / "store"
+    async with served(words("Hello"), files_store=str(directory)) as server:
+        await upload(server, lines(1))
+        shutil.rmtree(directory)
+        directory.write_text("in the way")
+        for _ in range(2):
+            answer = await server.client.get("/v1/files")
+            assert (answer.status, "--files-store" in answer.text) == (503, True)
+        directory.unlink()
+        assert (await server.client.get("/v1/files")).json()["data"] == []
+        await upload(server, lines(1))
 
 
 @asynchronous

@@ -186,6 +186,7 @@ def test_what_is_not_supported_is_named(name: str) -> None:
         ({"text": "a", "sampling_params": {"custom_params": {}}}, "custom_params"),
         ({"text": "a", "sampling_params": {"logit_bias": {"100": 1}}}, "logit_bias must has keys in [0, 99], got 100."),
         ({"text": "a", "sampling_params": {"logit_bias": {"9" * 5000: 1}}}, "logit_bias must has keys in [0, 99], got"),
+        ({"text": "a", "sampling_params": {"logit_bias": {"5": -3.5e38}}}, "logit_bias must have values in [-3.40"),
         ({"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params has 1 items for a batch of 2."),
         ({"text": "a", "return_logprob": [True]}, "return_logprob should not be a list for a single prompt."),
         ({"text": "a", "return_logprob": True, "top_logprobs_num": 129}, "top_logprobs_num must be in [0, 100]"),

@@ -164,3 +164,14 @@ async def test_a_seed_gives_each_copy_its_own() -> None:
         await params_of(server, COMPLETIONS, seed=5, n=3)
         seeds = [m.request.seed for m in server.ring.sent if m.request.params.max_new_tokens]
         assert seeds == [5, 6, 7]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize(("bias", "status"), [(3.5e38, 400), (-1e300, 400), (-3.4e38, 200)])
+@asynchronous
+async def test_a_bias_that_is_no_number_of_float32_is_refused_by_name(path: str, bias: float, status: int) -> None:
+    body = {"prompt": "hi"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "hi"}]}
+    async with served(says("x")) as server:
+        answer = await server.client.post(path, {"logit_bias": {"3": bias}, **body})
+        assert answer.status == status, answer.text
+        assert status == 200 or answer.json()["error"]["param"] == "logit_bias"

@@ -4,7 +4,7 @@ import pytest
 
 from quartet.runtime.errors import StartupError
 from quartet.runtime.launcher.child import Service, child_environment, device_numbers, usable_cores
-from quartet.runtime.launcher.launch import SERVICES, ranked
+from quartet.runtime.launcher.launch import SERVICES, ranked, saving
 from quartet.runtime.launcher.supervisor import Supervisor
 from tests.configs import resolved
 
@@ -33,6 +33,12 @@ def test_each_has_a_title_a_path_and_records_of_its_own(supervisor, tmp_path):
 
 def test_cores_are_divided():
     assert child_environment({}, SECOND)["OMP_NUM_THREADS"] == str(max(1, usable_cores() // 2))
+
+
+def test_with_low_memory_libraries_keep_no_buffers_unless_the_environment_says_so():
+    for service, saver in zip(SERVICES, saving(SERVICES), strict=True):
+        assert child_environment({}, saver) == {**child_environment({}, service), "MKL_DISABLE_FAST_MM": "1"}
+    assert child_environment({"MKL_DISABLE_FAST_MM": "0"}, saver)["MKL_DISABLE_FAST_MM"] == "0"
 
 
 def test_each_gets_a_gpu_of_those_that_are_visible():

@@ -11,10 +11,12 @@ import pytest
 
 from quartet.runtime.messages import pack_ids
 from quartet.runtime.model_files import model_info
+from quartet.runtime.sampling import MOST_BIAS
 from quartet.scheduler_service.execution.worker import Worker
 from tests.configs import resolved
 from tests.engine import ALL_LOGPROBS, DEFAULTS, Answer, Engine
 from tests.model import tiny
+from tests.model.cases import VOCAB_SIZE
 from tests.unit.scheduler_service.execution.test_constrained_drafts import (
     COOL,
     GRAMMARS,
@@ -98,6 +100,7 @@ def test_forced_tokens_fill_the_rows_that_are_computed_at_once(directory, reques
         {"ignore_eos": True},
         {"top_k": 5, "top_p": 0.9},
         {"logit_bias": {"9": 5.0}},
+        {"logit_bias": dict.fromkeys(map(str, range(VOCAB_SIZE)), -MOST_BIAS), "temperature": 1e-5},
         {"frequency_penalty": 0.7, "repetition_penalty": 1.2},
         {"stop_token_ids": list(range(40, 90))},
         *({"max_new_tokens": count} for count in range(1, 9)),

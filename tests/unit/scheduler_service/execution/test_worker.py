@@ -77,9 +77,9 @@ def step(worker: Worker, *slices: Slice) -> list[Result]:
     return worker.collect(worker.launch(Plan(list(slices))))
 
 
-@pytest.mark.parametrize("params", [{"logit_bias": {"5": 1e300}}, {"repetition_penalty": 1e-300, "top_p": 0.5}])
-def test_parameters_that_overflow_the_logits_end_their_own_request_only(worker, params):
-    request = Request(rid="r", params=SamplingParams(**params), logprobs=LogprobOptions(top=2))
+def test_parameters_that_overflow_the_logits_end_their_own_request_only(worker):
+    params = SamplingParams(repetition_penalty=1e-300, top_p=0.5)
+    request = Request(rid="r", params=params, logprobs=LogprobOptions(top=2))
     wild = Sequence(request, array("i", [4, 11, 10]), 1, pages=[9])
     tame = sequence([20])
     broken, fine = step(worker, Slice(wild, 0, 3, True), Slice(tame, 0, 1, True))

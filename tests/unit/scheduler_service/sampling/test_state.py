@@ -1,10 +1,14 @@
 """From a request's parameters to the settings of its rows."""
 
+from array import array
+
 import pytest
 
-from quartet.runtime.sampling import SamplingParams
+from quartet.runtime.messages import Request
+from quartet.runtime.sampling import GREEDY_BELOW, MOST_BIAS, SamplingParams
+from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.sampling.rows import Feature, sampling_rows
-from quartet.scheduler_service.sampling.state import settings_of
+from quartet.scheduler_service.sampling.state import make_row, settings_of
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0, "top_p": 0.5, "min_p": 0.1}, {"top_k": 1, "top_p": 0.5}])
@@ -40,3 +44,11 @@ def test_rows_keep_the_order_of_their_requests():
 def test_numbers_beyond_those_of_the_device_mean_the_largest_it_has():
     settings = settings_of(SamplingParams(temperature=1e300, top_k=1 << 63), seed=0)
     assert (settings.temperature, settings.top_k) == (1e38, 2**31 - 1)
+
+
+def test_the_largest_bias_is_one_that_any_temperature_leaves_finite():
+    params = SamplingParams(logit_bias={"3": -MOST_BIAS, "4": 2.5, "5": MOST_BIAS})
+    row = make_row(Sequence(Request(rid="r", params=params), array("i", [1, 2]), 2), eos_ids=[0])
+    assert row.bias_ids.tolist() == [3, 4, 5]
+    assert row.biases.tolist() == pytest.approx([-1e30, 2.5, 1e30])
+    assert abs(row.biases[0]) / GREEDY_BELOW < MOST_BIAS
