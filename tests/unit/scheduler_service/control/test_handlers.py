@@ -229,7 +229,7 @@ def test_a_new_gateway_gets_the_facts_and_requests_of_the_earlier_one_end() -> N
     rig.scheduler.step()
     told = [message for message in rig.outbox.messages[sent:] if not isinstance(message, Tokens | Reply)]
     state = {"weight_version": "default", "paused": True, "asleep": False, "lacks": []}
-    assert told == [msgspec.structs.replace(rig.scheduler.facts, state=state)]
+    assert told == [msgspec.structs.replace(rig.scheduler.facts, state=state)] * 2  # for the reply and the gateway
     rig.inbox.put(ContinueGeneration(id="c"))
     rig.run()
     assert finishes(rig, "new") == ["length"]
