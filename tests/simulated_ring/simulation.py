@@ -75,8 +75,7 @@ class Simulation:
 
     def __init__(self, seed: int, trace: Callable[[str], None] | None = None, levelling: bool = False) -> None:
         """`levelling`: two or three schedulers with adapters, which get many commands and die often."""
-        self.levelling, self.random = levelling, Random(seed)
-        random = self.random
+        self.levelling, self.random = levelling, (random := Random(seed))
         self.agenda = Agenda()
         self.deaths_are_over = False
         self.kills: Counter[str] = Counter()  # by chance, not by a poison

@@ -208,6 +208,16 @@ def test_messages_for_an_earlier_scheduler_are_ignored() -> None:
     ]
 
 
+def test_the_state_is_told_in_front_of_each_answer_refusals_too() -> None:
+    rig = restarted()
+    rig.inbox.put(PauseGeneration(id="p"), FlushCache(id="f"))
+    rig.run()
+    rig.inbox.put(ContinueGeneration(id="c"), FlushCache(id="old", epoch=1))
+    rig.run()
+    told = [message.state["paused"] if isinstance(message, Facts) else message.id for message in rig.outbox.messages]
+    assert told == [True, "p", "f", False, "c", "old"]
+
+
 def restarted(**changes: Any) -> Rig:
     """A scheduler of epoch 2."""
     rig = Rig(**changes)
