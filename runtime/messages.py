@@ -276,8 +276,8 @@ class Facts(Message, tag="facts", kw_only=True):
     memory_usage: dict[str, float] = {}
     state: dict[
         str, Any
-    ] = {}  # as in replies: model_path, weight_version, paused, asleep, adapters (runtime/adapters.py); those that were
-    # unloaded and are kept for requests that may come again: unloaded_adapters, name → version
+    ] = {}  # model_path, weight_version, paused, asleep, lacks, sleeping, adapters (runtime/adapters.py); those that
+    # were unloaded and are kept for requests that may come again: unloaded_adapters, name → version
 
 
 class Restarted(Message, tag="restarted", kw_only=True):

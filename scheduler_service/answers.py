@@ -79,6 +79,11 @@ def tokens_of(update: Update, weight_version: str, hidden_size: int, adapter_ver
     return tokens
 
 
+def behind_facts(told: list[Message], messages: list[Message]) -> list[Message]:
+    """The messages, behind the facts where a command is answered: the gateway knows of a change before its client."""
+    return [*told, *messages] if any(isinstance(message, Reply) for message in messages) else messages
+
+
 def signed(messages: list[Message], rank: int) -> list[Message]:
     """The messages, each with the rank of the scheduler that sends it; 0 is what they say by themselves."""
     if rank:

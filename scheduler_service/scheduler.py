@@ -27,7 +27,7 @@ from quartet.runtime.messages import (
     Tokenized,
 )
 from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressWord
-from quartet.scheduler_service.answers import check_hidden_states, signed, stamp, tokens_of, unqueued_end
+from quartet.scheduler_service.answers import behind_facts, check_hidden_states, signed, stamp, tokens_of, unqueued_end
 from quartet.scheduler_service.control.adapter_queue import AdapterQueue
 from quartet.scheduler_service.control.context import Decisions
 from quartet.scheduler_service.control.durable_state import DurableState
@@ -176,7 +176,7 @@ class Scheduler:
             out += self.commands.advance(self.planner.prefills_next)
         if self.durable_state:
             self.durable_state.save(self)
-        self.emit(out)
+        self.emit(behind_facts(self.told, out))
 
     def handle(self, message: Message) -> list[Message]:
         """Queue a request, start a command, send any other message on. Returns the messages to send."""
@@ -213,7 +213,7 @@ class Scheduler:
         self.emit(self.told)
 
     def state(self) -> dict[str, Any]:
-        """The state that a gateway otherwise learns from replies to commands."""
+        """The state that the gateway has to know, for itself and for clients."""
         served = {} if self.updates is None else {"model_path": self.updates.committed.model_path}
         return {
             **served,

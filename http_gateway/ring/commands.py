@@ -1,8 +1,8 @@
 """Control commands that were sent through the ring and have not been answered.
 
 Where there are several schedulers, a command goes to each of them, and its answers become one. What is `all_or_none`
-is prepared by all, and made by all or by none: this is where it is decided. Of other commands that one of them refuses,
-the answer says which have carried them out.
+is prepared by all, and made by all or by none: this is where it is decided. Other commands are decided when they are
+sent; of those that one of them refuses, the answer says which have carried them out.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import msgspec
 
 from quartet.http_gateway.ring.merging import merge
 from quartet.http_gateway.ring.schedulers import Schedulers
-from quartet.runtime.adapters import AdapterCommand, LoadAdapter
+from quartet.runtime.adapters import LoadAdapter
 from quartet.runtime.control import COMMAND_LOST, ControlCommand, DecideChange, WeightChange
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import SCHEDULER, Message, Prepared, Reply
@@ -35,7 +35,7 @@ class UnansweredCommand:
     serial: int
     answer: asyncio.Future[Message]
     epochs: dict[int, int | None]  # by rank of the schedulers that it was sent to
-    for_all: bool  # of them that live
+    decided: bool = False  # it is part of what all must serve
     answers: dict[int, Message] = field(default_factory=dict)  # by rank
     prepared: set[int] = field(default_factory=set)  # ranks
     cause: Reply | None = None  # the first refusal
@@ -68,7 +68,9 @@ class Commands:
         self._serials = serials
         self._schedulers = schedulers
         self._unanswered: dict[str, UnansweredCommand] = {}  # by id
-        self._decisions: OrderedDict[str, str] = OrderedDict()  # by id: why a change is not made; empty: it is
+        changes = schedulers.decided.changes if schedulers.decided else ()  # of the gateway before, too
+        self._decisions = OrderedDict(dict.fromkeys(changes, ""))  # by id: why a change is not made; empty: it is
+        schedulers.changes = self._is_changing
 
     async def run(self, command: ControlCommand, timeout_s: float, rank: int | None = None) -> Message:
         """Send a command through the ring and wait for its answer. Raises TimeoutError and RequestError.
@@ -94,10 +96,21 @@ class Commands:
         command.waits_for_others = command.all_or_none and len(ranks) > 1
         epochs = {rank: None if command.read_only else self._schedulers.all[rank].epoch for rank in ranks}
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        unanswered = self._unanswered[command.id] = UnansweredCommand(
-            command, serial, answer, epochs, for_all=rank is None
-        )
+        unanswered = self._unanswered[command.id] = UnansweredCommand(command, serial, answer, epochs)
+        if rank is None and not (command.read_only or command.waits_for_others):
+            self._note_decided(unanswered)
         return unanswered
+
+    def _note_decided(self, unanswered: UnansweredCommand) -> None:
+        """All are to carry it out; they are looked at when it has ended, however it has."""
+        unanswered.decided = self._schedulers.decide(unanswered.command)
+        if unanswered.decided:
+            unanswered.answer.add_done_callback(lambda _: self._schedulers.on_change())
+
+    def _is_changing(self, rank: int) -> bool:
+        """Whether a scheduler has not yet answered a command that has changed what all must serve."""
+        commands = self._unanswered.values()
+        return any(one.decided and rank in one.waiting and not one.answer.done() for one in commands)
 
     def deliver(self, answer: Message, id: str, rank: int) -> UnansweredCommand | None:
         """Take the answer of one scheduler, and return the command; None where no caller waits for it."""
@@ -121,8 +134,6 @@ class Commands:
             return
         if unanswered.answers:
             count = len(self._schedulers.all)
-            if unanswered.for_all and unanswered.cause is None and isinstance(unanswered.command, AdapterCommand):
-                self._schedulers.note_adapter(unanswered.command.lora_name, *unanswered.answers.values())
             cause = unanswered.cause and partly(unanswered.cause, unanswered.answers)
             unanswered.answer.set_result(cause or merge(unanswered.command, unanswered.answers, count))
         else:
@@ -148,8 +159,7 @@ class Commands:
             return
         self._decisions[command.id] = reason
         if not reason:
-            self._schedulers.begin_change()
-            unanswered.answer.add_done_callback(lambda _: self._schedulers.end_change())
+            self._note_decided(unanswered)
         while len(self._decisions) > REMEMBERED_DECISIONS:
             self._decisions.popitem(last=False)
         self._send([DecideChange(change=command.id, reason=reason, rank=rank) for rank in unanswered.waiting])
@@ -173,7 +183,7 @@ class Commands:
         if command.read_only and len(unanswered.epochs) == 1:
             unanswered.epochs = {self._schedulers.targets[0]: None}
             return True
-        if not (command.read_only or self._can_do_without(command)):
+        if not (command.read_only or self._can_do_without(unanswered)):
             if not unanswered.answer.done():
                 unanswered.answer.set_exception(lost())
             return False
@@ -183,10 +193,11 @@ class Commands:
         self._finish(unanswered)
         return False
 
-    def _can_do_without(self, command: ControlCommand) -> bool:
+    def _can_do_without(self, unanswered: UnansweredCommand) -> bool:
         """Whether all is well though a scheduler has died: nothing is done, or it is made up for (levelling.py)."""
-        done = self._decisions.get(command.id) == ""
-        return command.waits_for_others and (not done or isinstance(command, WeightChange | LoadAdapter))
+        command = unanswered.command
+        is_made_up_for = isinstance(command, WeightChange | LoadAdapter)
+        return command.waits_for_others and (is_made_up_for or not unanswered.decided)
 
 
 def partly(cause: Reply, answers: Mapping[int, Message]) -> Reply:

@@ -1,14 +1,14 @@
-"""Gives a scheduler that comes back the weights and adapters of the others; until then it gets no requests."""
+"""Gives a scheduler that comes back the weights and adapters that were decided; until then it gets no requests."""
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from quartet.http_gateway.ring.schedulers import Schedulers, Served
-from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
-from quartet.runtime.control import REWRITTEN, ControlCommand, UpdateWeightsFromDisk, UpdateWeightVersion
+from quartet.http_gateway.ring.schedulers import Schedulers
+from quartet.runtime.adapters import UnloadAdapter
+from quartet.runtime.control import ControlCommand
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Message, Reply
 
@@ -41,7 +41,7 @@ class Leveller:
         self._under_way: dict[int, asyncio.Task[None]] = {}  # by rank
 
     def look_soon(self) -> None:
-        """The weights of all have changed: look at each when those that live have changed theirs as well."""
+        """What all must serve has changed: look at each when those that live have told what they serve by now."""
         asyncio.get_running_loop().call_later(LOOK_AFTER_S, self._look_at_all)
 
     def _look_at_all(self) -> None:
@@ -49,14 +49,11 @@ class Leveller:
             self.look_at(one.rank)
 
     def look_at(self, rank: int) -> None:
-        """A scheduler has spoken: bring it to the weights of the others, where it serves other ones."""
-        if self._schedulers.changing:  # all are looked at again when that is finished
-            return
+        """A scheduler has spoken: bring it to what was decided, where it serves something else."""
         if not self._schedulers.is_behind(rank):
             self._say(rank)
-        elif rank not in self._under_way:
-            one = self._schedulers.all[rank]
-            one.levelled, epoch = True, one.epoch
+        elif rank not in self._under_way and not self._schedulers.changes(rank):  # else it is looked at behind that
+            epoch = self._schedulers.all[rank].epoch
             task = self._under_way[rank] = asyncio.create_task(self._level(rank))
             task.add_done_callback(lambda _: self._done(rank, epoch))
 
@@ -64,20 +61,20 @@ class Leveller:
         """Look again at a scheduler that was started again meanwhile: what it was given is lost."""
         del self._under_way[rank]
         one = self._schedulers.all[rank]
-        one.levelled = False
         if one.up and one.epoch != epoch:
             self.look_at(rank)
 
     async def _level(self, rank: int) -> None:
-        reference, own = self._schedulers.reference, self._schedulers.all[rank].served
-        assert reference is not None, "known from the first facts on"
-        log.warning(BEHIND, rank, own.weight_version, reference.weight_version)
-        if own.weight_version == REWRITTEN.format(reference.weight_version):
+        decided, own = self._schedulers.decided, self._schedulers.all[rank].served
+        assert decided is not None, "known from the first facts on"
+        log.warning(BEHIND, rank, own.weight_version, decided.served.weight_version)
+        if decided.is_rewritten(own):
             log.error("Its weights were rewritten on the disk since the others read them: update the weights.")
             return
         tries = 0
         while (command := self._missing(rank)) is not None:
-            if isinstance(command, UnloadAdapter) and self._uses(rank, command.lora_name):
+            needed = isinstance(command, UnloadAdapter) and self._uses(rank, command.lora_name)
+            if needed or self._schedulers.changes(rank):
                 await asyncio.sleep(LOOK_AFTER_S)  # meanwhile, what all must serve may change
                 continue
             wanted = msgspec.structs.replace(command)  # the command gets its number when it is sent
@@ -100,9 +97,9 @@ class Leveller:
 
     def _missing(self, rank: int) -> ControlCommand | None:
         """What brings a scheduler nearer to what all must serve now; None: it serves that."""
-        reference = self._schedulers.reference
-        assert reference is not None
-        return next(what_is_missing(self._schedulers.all[rank].served, reference), None)
+        decided = self._schedulers.decided
+        assert decided is not None
+        return next(decided.missing(self._schedulers.all[rank].served), None)
 
     def _say(self, rank: int) -> None:
         """Log once for each incarnation that it gets requests."""
@@ -110,17 +107,3 @@ class Leveller:
         if self._schedulers.several and not self._schedulers.is_behind(rank) and self._said.get(rank) != one.epoch:
             self._said[rank] = one.epoch
             log.info("The scheduler DP%d takes requests.", rank)
-
-
-def what_is_missing(own: Served, reference: Served) -> Iterator[ControlCommand]:
-    """The commands that bring a scheduler from what it serves to what all must serve."""
-    path, version = reference.model_path, reference.weight_version
-    if own.model_path != path:
-        yield UpdateWeightsFromDisk(model_path=path, weight_version=version)
-    elif own.weight_version != version:
-        yield UpdateWeightVersion(new_version=version, abort_all_requests=False)
-    names = {name for name, _, _ in reference.adapters}
-    for name in sorted({name for name, _, _ in own.adapters} - names):
-        yield UnloadAdapter(lora_name=name)
-    for name, adapter_path, pinned in sorted(reference.adapters - own.adapters):
-        yield LoadAdapter(lora_name=name, lora_path=adapter_path, pinned=pinned, load_inplace=True)

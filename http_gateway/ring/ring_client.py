@@ -77,7 +77,6 @@ class RingClient:
         self.closing = False  # no new requests: the server drains
         self.stale = 0  # messages for nobody: an old attempt, or a request that has ended
         self.last_heard_at = 0.0
-        self.on_reply: Callable[[Reply], None] = lambda reply: None  # hears them all, those for nobody too
         self.on_facts: Callable[[Facts], None] = lambda facts: None  # hears them, those of a restarted scheduler too
         self.guard = Guard(GATEWAY, announced or Announced(), self._give_up)
         self._inbox = inbox
@@ -351,10 +350,6 @@ class RingClient:
             self._send_ready()
 
     def _on_answer(self, answer: Reply | Probe, now: float) -> None:
-        if isinstance(answer, Reply):
-            if self.schedulers.speaks_for_all(answer.rank):
-                self.on_reply(answer)
-            self.schedulers.note_reply(answer)
         if self._quarantine.takes(answer):
             if self._quarantine.cleared:
                 self._send_ready()

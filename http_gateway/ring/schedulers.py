@@ -10,32 +10,19 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 
+from quartet.http_gateway.ring.decided import RECORD, Decided, Served
 from quartet.http_gateway.ring.prefix_memory import BLOCK_BYTES, PrefixMemory, PromptBlocks
 from quartet.runtime import records
-from quartet.runtime.messages import SCHEDULER, Facts, Generate, Message, Reply, title_of
+from quartet.runtime.control import ControlCommand
+from quartet.runtime.messages import SCHEDULER, Facts, Generate, title_of
 
 log = logging.getLogger(__name__)
 
 MOST_MORE_REQUESTS = 16  # that a scheduler may have than another, and still get those whose prefix it has cached
 LONG_PREFIX_BLOCKS = 4096 // BLOCK_BYTES  # a shorter one counts only where it is half of the prompt
-
-RECORD = "served.json"  # in the run directory
-
-
-class Served(msgspec.Struct, frozen=True):
-    """What a scheduler serves, as far as all must serve the same."""
-
-    model_path: str = ""
-    weight_version: str = ""
-    adapters: frozenset[tuple[str, str, bool]] = frozenset()  # name, path, whether it is pinned
-
-    @property
-    def weights(self) -> tuple[str, str]:
-        return self.model_path, self.weight_version
 
 
 @dataclass(slots=True)
@@ -47,8 +34,6 @@ class SchedulerState:
     heard: bool = False  # it has said its facts
     up: bool = False
     given_away: bool = False  # it is dead, and its requests were sent elsewhere
-    held: bool = False  # it came back while the others change their weights: what it must serve is not known yet
-    levelled: bool = False  # it is being given the weights of the others
     requests: int = 0  # unfinished ones that are its own
     sent: int = 0  # ever
     served: Served = field(default_factory=Served)
@@ -61,14 +46,14 @@ class Schedulers:
     """All of them, by rank."""
 
     def __init__(self, count: int, run_dir: str = "") -> None:
-        """`run_dir`: keeps what all must serve for the next gateway, where there are several."""
+        """`run_dir`: keeps what was decided for the next gateway, where there are several."""
         self.all = [SchedulerState(rank) for rank in range(count)]
         self._prompts = PromptBlocks()
-        self.on_change: Callable[[], None] = lambda: None  # what all must serve has changed
-        self._changes = 0  # of weights, that are decided and not finished
+        self.on_change: Callable[[], None] = lambda: None  # a command has ended that has changed what all must serve
+        self.changes: Callable[[int], bool] = lambda rank: False  # whether such a one is on its way to this rank
         self._run_dir = run_dir if count > 1 else ""
-        # what all must serve; None: not yet known
-        self.reference = records.read_record(run_dir, RECORD, Served) if self._run_dir else None
+        # what all must serve; None: not yet known, or there is one
+        self.decided = records.read_record(run_dir, RECORD, Decided) if self._run_dir else None
         self._complete = asyncio.Event()
         self._heard_of_one = asyncio.Event()
         self._heard_of_all = asyncio.Event()
@@ -105,7 +90,7 @@ class Schedulers:
 
     async def complete(self) -> None:
         """Return once all live, as commands that change something need it."""
-        if self.several:
+        while self.several and len(self.up) < len(self.all):  # one may die again before this goes on
             await self._complete.wait()
 
     @property
@@ -113,8 +98,10 @@ class Schedulers:
         return all(one.heard for one in self.all)
 
     def serving(self) -> list[SchedulerState]:
-        """Those that may get requests: they live and serve the weights of all; else those that will be back."""
-        right = [one for one in self.all if one.up and not one.held and one.served == self.reference]
+        """Those that may get requests: they live and serve what was decided, or are about to; else those to come."""
+        there, decided = self.up, self.decided
+        right = [one for one in there if decided is None or decided.may_be_asked(one.served)]
+        right = right or [one for one in there if self.changes(one.rank)]
         return right or [one for one in self.all if not one.up] or self.all
 
     # where requests go
@@ -147,8 +134,7 @@ class Schedulers:
 
     def _is_unloaded(self, adapter: str) -> bool:
         """Whether no new request may name an adapter; "" is the base."""
-        served = self.reference.adapters if self.reference else frozenset()
-        return bool(adapter) and all(name != adapter for name, _, _ in served)
+        return bool(adapter) and (self.decided is None or adapter not in self.decided.adapter_names)
 
     def release(self, rank: int) -> None:
         """A request of this scheduler has ended, or goes elsewhere."""
@@ -158,18 +144,15 @@ class Schedulers:
 
     def note_facts(self, facts: Facts, common: Facts) -> bool:
         """A scheduler speaks; `common`: what holds for all. Returns whether it was started again."""
-        one = self.all[facts.rank]
+        one, own = self.all[facts.rank], Served.of(facts.state)
         one.unloaded = msgspec.convert(facts.state.get("unloaded_adapters", {}), dict[str, str])
         restarted = one.heard and facts.epoch > one.epoch
         if restarted:
             one.prefixes.forget()
-            one.held = self.changing
-        if one.heard and not restarted:
-            self._serves(one, served(facts.state, one.served))
         one.epoch, one.heard, one.up = facts.epoch, True, True
-        one.facts, one.served = facts, served(facts.state, Served())
-        if self.several and self.reference is None:
-            self._set_reference(one.served)
+        one.facts, one.served = facts, own
+        if self.several and self.decided is None:
+            self._set_decided(Decided(own))
         self._common = common
         self._heard_of_one.set()
         if self.heard_of_all:
@@ -178,54 +161,23 @@ class Schedulers:
             self._complete.set()
         return restarted
 
-    def note_reply(self, reply: Reply) -> None:
-        """A reply may say what its scheduler serves now.
+    def decide(self, command: ControlCommand) -> bool:
+        """The gateway is about to send this command to all, or the word that all make it. Whether that decides a thing.
 
-        It may come before the scheduler's facts, to a command of the gateway before: what it does not say is as it was.
+        It is recorded first, so that the next gateway goes on with it.
         """
-        body = (reply.success and reply.body) or {}
-        if not 0 <= reply.rank < len(self.all):  # of no scheduler: it ends a message that could not be handled
-            return
-        one = self.all[reply.rank]
-        if not one.heard and self.reference is not None:
-            one.served = self.reference
-        if one.heard or self.reference is not None:
-            self._serves(one, served(body, one.served))
+        before = self.decided
+        if before is not None and (decided := before.after(command)) != before:
+            self._set_decided(decided)
+        return self.decided is not before
 
-    def note_adapter(self, name: str, *answers: Message) -> None:
-        """A command for all has loaded or unloaded this adapter: all must serve what the answers say of it.
-
-        A scheduler that was being given what the others serve meanwhile does not speak for all by itself.
-        """
-        if not self.several or self.reference is None:
-            return
-        said = [answer.body for answer in answers if isinstance(answer, Reply) and answer.body]
-        now = served(said[-1] if said else {}, self.reference).adapters
-        others = frozenset(one for one in self.reference.adapters if one[0] != name)
-        adapters = others | frozenset(one for one in now if one[0] == name)
-        if adapters != self.reference.adapters:
-            self._set_reference(msgspec.structs.replace(self.reference, adapters=adapters))
-
-    def _serves(self, one: SchedulerState, now: Served) -> None:
-        """A scheduler that lives changes what it serves as we say, so that all must serve it from now on.
-
-        Of what it has not changed, all must serve what they must: it may be behind, and not be given that yet.
-        """
-        before, one.served = one.served, now
-        if now == before or not self.several or one.levelled:
-            return
-        reference = now if self.reference is None else changed(self.reference, before, now)
-        if reference != self.reference:
-            self._set_reference(reference)
-
-    def _set_reference(self, reference: Served) -> None:
-        self.reference = reference
+    def _set_decided(self, decided: Decided) -> None:
+        self.decided = decided
         if self._run_dir:
             try:
-                records.write(self._run_dir, RECORD, reference)
+                records.write(self._run_dir, RECORD, decided)
             except OSError as error:
                 log.error("Could not record what all schedulers serve: %s.", error)
-        self.on_change()
 
     def note_death(self, rank: int, epoch: int) -> bool:
         """This incarnation has ended. Returns whether that is news, and another one lives."""
@@ -240,46 +192,19 @@ class Schedulers:
             log.error("The scheduler DP%d has ended; another one goes on with its requests.", rank)
         return one.given_away
 
-    def begin_change(self) -> None:
-        """All that live are about to change their weights."""
-        self._changes += 1
-
-    @property
-    def changing(self) -> bool:
-        """Whether such a change is not finished."""
-        return self._changes > 0
-
-    def end_change(self) -> None:
-        """They have."""
-        self._changes -= 1
-        if not self._changes:
-            for one in self.all:
-                one.held = False
-            self.on_change()
-
     def is_behind(self, rank: int) -> bool:
         """Whether a scheduler serves something else than all must."""
-        return self.several and self.reference not in (None, self.all[rank].served)
-
-    def speaks_for_all(self, rank: int) -> bool:
-        """Whether what it says of weights and adapters holds for all: it is not being given those of the others."""
-        return not (0 <= rank < len(self.all) and self.all[rank].levelled)
+        return self.decided is not None and self.all[rank].served != self.decided.served
 
     def common(self, facts: Facts) -> Facts:
-        """The facts of one scheduler, with the sizes that every one has."""
+        """The facts of one scheduler as they hold for all: with the sizes that every one has, and what was decided."""
         known = [facts, *(one.facts for one in self.all if one.facts is not None and one.rank != facts.rank)]
         return msgspec.structs.replace(
             facts,
             max_total_num_tokens=min(other.max_total_num_tokens for other in known),
             max_req_input_len=min(other.max_req_input_len for other in known),
-            state={} if self._would_be_behind(facts) else facts.state,
+            state=facts.state if self.decided is None else self.decided.shown(facts.state),
         )
-
-    def _would_be_behind(self, facts: Facts) -> bool:
-        """Whether these facts tell what one scheduler serves and all do not, and it has not just changed that."""
-        one, says = self.all[facts.rank], served(facts.state, Served())
-        changed = one.heard and facts.epoch == one.epoch and says != one.served and not one.levelled
-        return self.several and not changed and self.reference not in (None, says)
 
     def forget_prefixes(self) -> None:
         """The caches were emptied."""
@@ -295,24 +220,3 @@ def best(serving: list[SchedulerState], blocks: list[int]) -> SchedulerState:
     matched = matches[longest.rank]
     counts = matched >= LONG_PREFIX_BLOCKS or (matched and 2 * matched >= len(blocks))
     return longest if counts and longest.requests <= least.requests + MOST_MORE_REQUESTS else least
-
-
-def changed(reference: Served, before: Served, now: Served) -> Served:
-    """The reference with what one scheduler has changed."""
-    weights = reference if before.weights == now.weights else now
-    added, removed = now.adapters - before.adapters, before.adapters - now.adapters
-    names = {name for name, _, _ in added}
-    kept = frozenset(adapter for adapter in reference.adapters - removed if adapter[0] not in names)
-    return Served(weights.model_path, weights.weight_version, kept | added)
-
-
-def served(said: dict[str, Any], before: Served) -> Served:
-    """What a scheduler serves, by its facts or a reply; what those do not say is as before."""
-    adapters = said.get("adapters")
-    return Served(
-        str(said.get("model_path", before.model_path)),
-        str(said.get("weight_version", before.weight_version)),
-        before.adapters
-        if adapters is None
-        else frozenset((one["name"], one["path"], one["pinned"]) for one in adapters),
-    )

@@ -37,7 +37,7 @@ class Phase(Enum):
 
 
 class News(msgspec.Struct):
-    """What the scheduler's facts and replies may say of the server's state; other keys are for clients."""
+    """What the scheduler's facts say of the server's state; other keys are for the ring."""
 
     model_path: str | None = None
     weight_version: str | None = None
@@ -76,7 +76,6 @@ class Gateway:
         self.lacks: Sequence[str] = ()  # what was released and is needed; none while asleep: weights are to be written
         self.sleeping = False  # memory is given back until somebody asks: --sleep-when-idle-s
         self.learn(self.facts.state)
-        self.ring.on_reply = lambda reply: self.learn((reply.success and reply.body) or {})
         self.ring.on_facts = self.on_facts
         self.counters = CounterCache(self.ring)
         self.answer_ranking = answer_ranking(self.model, self.config)
@@ -104,7 +103,7 @@ class Gateway:
         return Output(request, received_at, self.weight_version, text=self.rules.tokenizer, with_rank=several)
 
     def on_facts(self, facts: Facts) -> None:
-        """The scheduler was started again, or asked."""
+        """The scheduler was started again or asked, or has carried out a command."""
         self.learn(facts.state)
         self.facts = facts
 

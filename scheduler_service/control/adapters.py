@@ -205,7 +205,6 @@ def unload(context: Context, command: UnloadAdapter) -> Resumable:
     for other in store.ending - {name}:
         if not users_of(context, other):
             store.take_out(other)
-    context.tell_state()
     if users:
         log.info("the adapter %s goes with the last of %d requests that wait; no step runs now", name, users)
     else:

@@ -67,10 +67,10 @@ class AdapterRun:
         return {name: str(self.place / file) for name, file in zip(NAMES[: self.first], FILES, strict=False)}
 
 
-def adapters_of(seed: int) -> AdapterRun | None:
+def adapters_of(seed: int, always: bool = False) -> AdapterRun | None:
     """Whether a run has adapters, and which."""
     random = Random(f"adapters {seed}")
-    if random.random() >= SHARE:
+    if random.random() >= SHARE and not always:
         return None
     return AdapterRun(
         random.randint(0, len(NAMES)),

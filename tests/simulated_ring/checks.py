@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from quartet.detokenizer_service.stream import Stream
 from quartet.http_gateway.ring.admission import BLOCKED_REQUEST
 from quartet.http_gateway.ring.quarantine import POISON_REQUEST, SUSPICIOUS_DEATHS
+from quartet.http_gateway.ring.schedulers import Schedulers
 from quartet.runtime.adapters import NEVER_LOADED
 from quartet.runtime.control import COMMAND_LOST, UpdateWeightsFromDisk
 from quartet.runtime.errors import RequestError
@@ -13,11 +14,11 @@ from quartet.runtime.messages import Generate, Reply, Request, Text, unpack_ids
 from quartet.scheduler_service.control.adapter_queue import NOT_READ
 from quartet.scheduler_service.core.kv_tier import KvTier
 from tests.fakes import FAKE_VECTOR, FakeGrammar, fake_logprob
-from tests.simulated_ring.adapters import check_adapters, check_text, may_be_unloaded
+from tests.simulated_ring.adapters import check_adapters, check_text, is_refused, may_be_unloaded
 from tests.simulated_ring.faults import hold
-from tests.simulated_ring.load import VOCAB_SIZE, Call, Order, tokenizer, vocabulary
+from tests.simulated_ring.load import VOCAB_SIZE, Call, Order, is_done, tokenizer, vocabulary
 from tests.simulated_ring.scheduler import SchedulerProcess, drawn
-from tests.simulated_ring.services import ROLES
+from tests.simulated_ring.services import FIRST_VERSION, ROLES
 from tests.wrong_messages import RID, TEXTS
 
 if TYPE_CHECKING:
@@ -205,6 +206,18 @@ def check_leftovers(simulation: "Simulation") -> None:
     for process in schedulers:
         check_scheduler(simulation, process)
     check_adapters(simulation, schedulers)
+    check_levelled(simulation, ring.schedulers)
+
+
+def check_levelled(simulation: "Simulation", schedulers: Schedulers) -> None:
+    """Every scheduler serves what was decided, and that is what commands have left whose outcome is known."""
+    hold(not any(schedulers.is_behind(one.rank) for one in schedulers.all), "not level:", schedulers.decided)
+    version: str | None = FIRST_VERSION
+    for order in simulation.operator.orders:
+        if isinstance(order.command, UpdateWeightsFromDisk) and not is_refused(order):
+            version = order.command.weight_version if is_done(order) else None
+    served = {one.served.weight_version for one in schedulers.all}
+    hold(served == {version} or version is None, "serve", served, "and should serve", version)
 
 
 def check_scheduler(simulation: "Simulation", process: SchedulerProcess) -> None:

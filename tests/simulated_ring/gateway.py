@@ -123,6 +123,7 @@ class GatewayProcess(Process):
             run_dir=self._run_dir,
             watch=self._watch_process,
         )
+        self._deliver, ring._receive[Reply] = ring._receive[Reply], self._on_reply
         serials = itertools.count(1 + self.epoch * SERIALS_OF_A_GATEWAY)  # in place of a process number of its own
         ring._serials = ring._commands._serials = serials
         self.loop.create_task(ring.listen())
@@ -130,7 +131,6 @@ class GatewayProcess(Process):
             await ring.introduce()
         facts = await ring.facts()
         self.gateway = Gateway(self._config, MODEL, facts, ring, None, None)  # type: ignore[arg-type]
-        self._learn, ring.on_reply = ring.on_reply, self._on_reply
         ring.ask_facts()
         await ring.wait_until_connected()
         self.up = True
@@ -146,8 +146,11 @@ class GatewayProcess(Process):
         if (on_end := self.watched.pop(pid, None)) is not None:
             self.loop.call_soon(on_end)
 
-    def _on_reply(self, reply: Reply) -> None:
-        self._learn(reply)
+    def _on_reply(self, reply: Reply, now: float) -> None:
+        self._tell_watch(reply)
+        self._deliver(reply, now)
+
+    def _tell_watch(self, reply: Reply) -> None:
         waiting = self.ring._commands._unanswered.get(reply.id)
         if self.schedulers > 1 and waiting is not None and (waiting.waiting != [reply.rank] or waiting.cause):
             return  # another one has not answered yet, or has refused

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from quartet.runtime.control import UpdateWeightsFromDisk, UpdateWeightVersion
+from quartet.runtime.control import UpdateWeightsFromDisk
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.messages import Message, Reply
 from quartet.scheduler_service.control import weights as control_weights
@@ -41,6 +41,7 @@ from tests.simulated_ring.group import BROKEN, Group, Hangs
 from tests.simulated_ring.memory import FAILS, VirtualSaver
 from tests.simulated_ring.services import FIRST_VERSION, POISON, SCHEDULER, Killed, Process
 
+FIRST_PATH = "model"
 MOST_STAGING_TURNS = 6
 
 
@@ -134,8 +135,17 @@ class Disk:
     def __init__(self, run_dir: str, ranks: int) -> None:
         Path(run_dir).mkdir()
         self.run_dir = run_dir
-        self.weight_version = FIRST_VERSION
+        self.model_path, self.weight_version = FIRST_PATH, FIRST_VERSION
         self.blocks = [BlockDisk() for _ in range(ranks)]
+
+
+class RingScheduler(Scheduler):
+    """As the real one, which knows the path of its weights by what updates them."""
+
+    model_path = FIRST_PATH
+
+    def state(self) -> dict[str, Any]:
+        return {"model_path": self.model_path, **super().state()}
 
 
 class Progress:
@@ -197,7 +207,7 @@ class SchedulerProcess(Process):
         self._held_up = self._queue_waits = False
         durable_state = State(disk.run_dir, self.point)
         facts = msgspec.structs.replace(self.worker.facts(), epoch=self.epoch, rank=self.rank, pid=pid)
-        self.scheduler = Scheduler(
+        self.scheduler = RingScheduler(
             planner,
             self.worker,
             self,
@@ -213,9 +223,8 @@ class SchedulerProcess(Process):
             saver=self.saver,  # type: ignore[arg-type]
             clock=lambda: agenda.now,
         )
-        self.scheduler.commands = CommandRunner(
-            {**HANDLERS, UpdateWeightsFromDisk: self.update_weights, UpdateWeightVersion: self.rename}
-        )
+        self.scheduler.model_path = disk.model_path
+        self.scheduler.commands = CommandRunner({**HANDLERS, UpdateWeightsFromDisk: self.update_weights})
         durable_state.restore(self.scheduler)
         if self.saver is not None:
             self.saver.fails = FAILS
@@ -349,24 +358,13 @@ class SchedulerProcess(Process):
             self.group.updates.swap(staged, command.weight_version or self.worker.weight_version)
         self.carried_out.append((self.key, self.epoch, command.id))
         self.worker.weight_version = command.weight_version or self.worker.weight_version
+        self.scheduler.model_path = command.model_path
         scheduler.planner.forget_prefixes(free=command.flush_cache)
         yield from self._beside()
         self.point()
-        self.disk.weight_version = self.worker.weight_version
+        self.disk.model_path, self.disk.weight_version = command.model_path, self.worker.weight_version
         self.point()
-        reply: list[Message] = [Reply(id=command.id, body={"weight_version": self.worker.weight_version})]
-        return reply
-
-    def rename(self, scheduler: Scheduler, command: UpdateWeightVersion) -> list[Message]:
-        """How a scheduler that has come back gets the weights of the others: here the version is the weights."""
-        if self.group is not None:
-            self.group.rename(command.new_version)
-        self.worker.weight_version = command.new_version
-        scheduler.planner.forget_prefixes()
-        self.point()
-        self.disk.weight_version = command.new_version
-        self.point()
-        return [Reply(id=command.id, body={"weight_version": command.new_version})]
+        return [Reply(id=command.id)]
 
     def _beside(self) -> Generator[None, bool | None, None]:
         for _ in range(self.random.randint(1, MOST_STAGING_TURNS)):

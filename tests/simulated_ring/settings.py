@@ -10,6 +10,15 @@ from tests.fakes import AtOnce
 from tests.simulated_ring.load import VOCAB_SIZE, tokenizer
 from tests.simulated_ring.services import GATEWAY, SCHEDULER, TOKENIZER
 
+ONE_SCHEDULER = 0.6  # the share of runs with one; the others have two
+
+
+def schedulers_of(seed: int, levelling: bool) -> int:
+    """How many a run has."""
+    if levelling:
+        return Random(f"levelling {seed}").choice([2, 2, 3])
+    return 1 if Random(f"schedulers {seed}").random() < ONE_SCHEDULER else 2
+
 
 def keeps(sender: str, receiver: str, several: bool) -> bool:
     """Whether frames are kept while nobody is there to receive them, so that the sender does not wait."""

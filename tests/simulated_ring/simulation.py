@@ -52,7 +52,7 @@ from tests.simulated_ring.services import (
     Process,
     TokenizerProcess,
 )
-from tests.simulated_ring.settings import encoder, keeps, planner_config
+from tests.simulated_ring.settings import encoder, keeps, planner_config, schedulers_of
 from tests.simulated_ring.trace import line
 from tests.simulated_ring.turns import Turns
 from tests.wrong_messages import MESSAGES, wrong
@@ -67,25 +67,26 @@ FORGERIES = [m for m in MESSAGES if isinstance(m, Generate | Tokenized | Tokens 
 DYING = ROLES[:3]
 ADAPTER_COMMANDS = 0.6  # the share of commands, in a run with adapters
 MEMORY_COMMANDS = 0.4  # likewise, in one with memory that is released
-ONE_SCHEDULER = 0.6  # the share of runs with one; the others have two
+DYING_WHERE_LEVELLED = (*[SCHEDULER] * 4, *[GATEWAY] * 2, TOKENIZER, DETOKENIZER)
 
 
 class Simulation:
     """Draws a server, its load and its deaths from the seed, and runs them."""
 
-    def __init__(self, seed: int, trace: Callable[[str], None] | None = None) -> None:
-        self.random = random = Random(seed)
+    def __init__(self, seed: int, trace: Callable[[str], None] | None = None, levelling: bool = False) -> None:
+        """`levelling`: two or three schedulers with adapters, which get many commands and die often."""
+        self.levelling, self.random = levelling, (random := Random(seed))
         self.agenda = Agenda()
         self.deaths_are_over = False
         self.kills: Counter[str] = Counter()  # by chance, not by a poison
         self.deaths: Counter[str] = Counter()
         self.calls: list[Call] = []
         self.carried_out: list[tuple[str, int, str]] = []  # which scheduler has put which update in place
-        self.schedulers = 1 if Random(f"schedulers {seed}").random() < ONE_SCHEDULER else 2
-        self.ranks = ranks_of(seed)
+        self.schedulers = schedulers_of(seed, levelling)
+        self.ranks = 1 if levelling else ranks_of(seed)
         snapshots = snapshots_of(seed) if self.ranks == 1 else None  # as `check_ranks` has it
         self.tier = tier_of(seed, snapshots is not None)
-        self.adapters = adapting.adapters_of(seed) if self.ranks == 1 else None
+        self.adapters = adapting.adapters_of(seed, always=levelling) if self.ranks == 1 else None
         self.saves_memory = self.ranks == 1 and memory.saves_memory(seed)
         self.beside = Random(f"beside {seed}")  # for what these do
         self.roles = {process_key(role, rank): (role, rank) for role in ROLES for rank in range(self._count(role))}
@@ -103,8 +104,7 @@ class Simulation:
         self.processes: dict[str, Any] = {}  # by key
         self.epochs = dict.fromkeys(self.roles, 0)  # by key
         self._pids = itertools.count(1)
-        self._trace = trace
-        self._order = 0
+        self._trace, self._order, self._operates = trace, 0, False
         actors = [link.turn for link in self.links.values()] + [self._actor(key) for key in self.roles]
         self.turns = Turns(actors, self.agenda, random, self.at_rest)
 
@@ -131,11 +131,9 @@ class Simulation:
     def _ends(self) -> list[tuple[str, str]]:
         """The links of the ring: who sends to whom."""
         following = dict(zip(ROLES, [*ROLES[1:], ROLES[0]], strict=True))
-        ends = [(one, other) for one in self.roles for other in self.roles if self._follows(following, one, other)]
+        pairs = itertools.product(self.roles, self.roles)
+        ends = [(one, other) for one, other in pairs if following[self.roles[one][0]] == self.roles[other][0]]
         return ends + ([(TOKENIZER, DETOKENIZER)] if self.schedulers > 1 else [])
-
-    def _follows(self, following: dict[str, str], one: str, other: str) -> bool:
-        return following[self.roles[one][0]] == self.roles[other][0]
 
     # what is drawn
 
@@ -155,7 +153,9 @@ class Simulation:
             self._sometime(self.turns.shuffle)
         for _ in range(random.choice([0, 0, 0, 1, 4])):
             self._sometime(self._forge)
-        self._employ_operator(random.choice([0, 2, 6, 12]))
+        for _ in range(10 if self.levelling else 0):
+            self._sometime(lambda: self._kill(random.choice(DYING_WHERE_LEVELLED)))
+        self._employ_operator(12 if self.levelling else random.choice([0, 2, 6, 12]))
         self.agenda.after(HORIZON_S, self._end_deaths)
 
     def _sometime(self, action: Action) -> None:
@@ -209,6 +209,7 @@ class Simulation:
         gateway.loop.create_task(self._operate(gateway, commands))
 
     async def _operate(self, gateway: GatewayProcess, commands: int) -> None:
+        self._operates = True
         for _ in range(commands):
             await asyncio.sleep(self.random.uniform(0, HORIZON_S / 6))
             command = self.operator.draw()
@@ -217,6 +218,7 @@ class Simulation:
             elif self.saves_memory and self.beside.random() < MEMORY_COMMANDS:
                 command = memory.draw_command(self.beside)
             await self._command(gateway, command)
+        self._operates = False
 
     async def _command(self, gateway: GatewayProcess, command: ControlCommand) -> Order:
         self.watch.sends(command)
@@ -292,6 +294,9 @@ class Simulation:
             call.orphaned = call.under_way
         for order in self.operator.orders:
             order.orphaned = order.orphaned or order.under_way
+        if self.levelling and self._operates and not self.deaths_are_over:
+            self._employ_operator(6)
+        self._operates = False
         gateway.loop.abandon()
 
     def _start(self, key: str, epoch: int) -> None:
@@ -385,10 +390,10 @@ class Simulation:
                 self._trace(f"{self.agenda.now:9.5f} {role:>11} {verb:6} {text}".rstrip())
 
 
-def run(seed: int, trace: Callable[[str], None] | None = None) -> str | None:
+def run(seed: int, trace: Callable[[str], None] | None = None, levelling: bool = False) -> str | None:
     """What is wrong with this seed's run, if anything is."""
     try:
-        Simulation(seed, trace).run()
+        Simulation(seed, trace, levelling).run()
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"

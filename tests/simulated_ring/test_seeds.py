@@ -30,6 +30,12 @@ def test_every_request_and_command_ends_as_it_should_whoever_dies(first: int) ->
     assert not wrong, "replay with: python -m tests.simulated_ring SEED --verbose"
 
 
+@pytest.mark.parametrize("first", range(0, 100, TOGETHER))
+def test_all_schedulers_serve_what_was_decided_whoever_dies_amid_commands(first: int) -> None:
+    wrong = {seed: error for seed in range(first, first + TOGETHER) if (error := run(seed, levelling=True))}
+    assert not wrong, "replay with: python -m tests.simulated_ring SEED --levelling --verbose"
+
+
 def test_a_seed_gives_the_same_messages_each_time() -> None:
     traces: list[list[str]] = [[], []]
     for trace in traces:

@@ -12,7 +12,6 @@ from quartet.detokenizer_service.service import NO_BEGINNING, Detokenizer
 from quartet.runtime.control import (
     Abort,
     ContinueGeneration,
-    FlushCache,
     PauseGeneration,
     Probe,
     ResumeMemory,
@@ -28,7 +27,6 @@ from quartet.runtime.messages import (
     Generate,
     Logprobs,
     Message,
-    Reply,
     Request,
     Restarted,
     Text,
@@ -318,14 +316,13 @@ async def test_a_wrong_text_ends_its_request_with_500_and_aborts_it(fields: dict
 
 
 @asynchronous
-async def test_a_reply_that_says_nonsense_is_a_500_and_teaches_nothing() -> None:
+async def test_facts_that_say_nonsense_teach_nothing() -> None:
     async with served() as server:
-        server.ring.answers_commands = False
-        call = server.client.start("POST", "/flush_cache")
-        [command] = await server.ring.sent_of(FlushCache)
-        server.ring.push(Reply(id=command.id, body={"paused": "yes", "lacks": 5, "weight_version": "v9"}))
-        assert (await call.answer()).status == 500
+        state = {"paused": "yes", "lacks": 5, "weight_version": "v9"}
+        server.ring.push(msgspec.structs.replace(server.gateway.facts, state=state))
+        assert (await server.client.get("/flush_cache")).status == 200  # behind it on the ring
         assert (server.gateway.paused, server.gateway.weight_version) == (False, "default")
+        assert server.gateway.ring.guard.failed == 1 and not server.gateway.ring.schedulers.heard_of_all
 
 
 @pytest.mark.parametrize(

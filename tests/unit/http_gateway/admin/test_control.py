@@ -85,9 +85,10 @@ async def test_an_invalid_value_is_refused_by_the_name_of_its_field() -> None:
 
 
 @asynchronous
-async def test_a_late_reply_still_updates_what_the_gateway_knows_of_the_weights() -> None:
+async def test_what_the_gateway_knows_of_the_weights_comes_with_facts_whoever_has_asked_for_the_change() -> None:
     async with served() as server:
-        server.ring.push(Reply(id="late", body={"weight_version": "two", "model_path": "/models/two", "paused": True}))
+        state = {"weight_version": "two", "model_path": "/models/two", "paused": True}
+        server.ring.push(msgspec.structs.replace(server.gateway.facts, state=state))
         assert (await server.client.get("/flush_cache")).status == 200  # behind it on the ring
         info = (await server.client.get("/get_model_info")).json()
         assert (info["weight_version"], info["model_path"]) == ("two", "/models/two")
@@ -137,6 +138,7 @@ async def commanded(server: Served, path: str, body: Any, reply: Reply) -> tuple
     before = len(await server.ring.sent_of(kind, 0))
     call = server.client.start("POST", path, body)
     command = (await server.ring.sent_of(kind, before + 1))[-1]
+    server.ring.push(msgspec.structs.replace(server.gateway.facts, state=reply.body or {}))  # as Scheduler.receive
     server.ring.push(msgspec.structs.replace(reply, id=command.id))
     return command, await call.answer()
 

@@ -8,21 +8,16 @@ from quartet.http_gateway.ring import levelling
 from quartet.http_gateway.ring.levelling import Leveller
 from quartet.http_gateway.ring.schedulers import Schedulers
 from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
-from quartet.runtime.control import COMMAND_LOST, ControlCommand, UpdateWeightVersion
+from quartet.runtime.control import COMMAND_LOST, ControlCommand, UpdateWeightsFromDisk
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Facts, Message, Reply
+from tests.unit.http_gateway.ring.test_schedulers import ADAPTER, facts
 
 
-def facts(rank: int, epoch: int = 0, version: str = "v0") -> Facts:
-    return Facts(
-        rank=rank,
-        epoch=epoch,
-        max_total_num_tokens=100,
-        max_req_input_len=90,
-        context_length=100,
-        vocab_size=10,
-        state={"model_path": "m", "weight_version": version},
-    )
+def says(schedulers: Schedulers, told: Facts) -> Reply:
+    """A scheduler says what it serves, and answers a command of the leveller."""
+    schedulers.note_facts(told, told)
+    return Reply(id="c", rank=told.rank)
 
 
 def test_an_adapter_is_unloaded_behind_the_requests_that_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,15 +30,11 @@ def test_an_adapter_is_unloaded_behind_the_requests_that_name_it(monkeypatch: py
         async def run(command: ControlCommand, timeout_s: float, rank: int) -> Message:
             assert isinstance(command, UnloadAdapter) and rank == 1 and not users
             given.append(command.lora_name)
-            reply = Reply(id=command.id, rank=1, body={"adapters": []})
-            schedulers.note_reply(reply)
             done.set()
-            return reply
+            return says(schedulers, facts(1))
 
         leveller = Leveller(schedulers, run, lambda rank, adapter: rank == 1 and adapter in users)
-        served = facts(1)
-        served.state["adapters"] = [{"name": "a", "path": "/a", "pinned": False}]
-        for told in (facts(0), served):
+        for told in (facts(0), facts(1, adapters=[ADAPTER])):
             schedulers.note_facts(told, told)
             leveller.look_at(told.rank)
         for _ in range(10):
@@ -58,7 +49,7 @@ def test_an_adapter_is_unloaded_behind_the_requests_that_name_it(monkeypatch: py
 
 def test_nothing_is_unloaded_that_all_must_serve_by_the_end_of_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(levelling, "LOOK_AFTER_S", 0.0)
-    adapters, users = [{"name": "a", "path": "/a", "pinned": False}], {"a"}
+    users = {"a"}
 
     async def scenario() -> list[str]:
         schedulers, given = Schedulers(2), list[str]()
@@ -68,13 +59,11 @@ def test_nothing_is_unloaded_that_all_must_serve_by_the_end_of_the_requests(monk
             return Reply(id=command.id, rank=rank)
 
         leveller = Leveller(schedulers, run, lambda rank, adapter: rank == 1 and adapter in users)
-        served = facts(1)
-        served.state["adapters"] = adapters
-        for told in (facts(0), served):
+        for told in (facts(0), facts(1, adapters=[ADAPTER])):
             schedulers.note_facts(told, told)
             leveller.look_at(told.rank)
         await asyncio.sleep(0)
-        schedulers.note_reply(Reply(id=1, rank=0, body={"adapters": adapters}))
+        schedulers.decide(LoadAdapter(lora_name="a", lora_path="/a"))
         assert not schedulers.is_behind(1)
         users.clear()
         for _ in range(10):
@@ -86,7 +75,6 @@ def test_nothing_is_unloaded_that_all_must_serve_by_the_end_of_the_requests(monk
 
 def test_a_command_that_an_earlier_one_stands_in_the_way_of_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(levelling, "LOOK_AFTER_S", 0.0)
-    adapters = [{"name": "a", "path": "/a", "pinned": False}]
 
     async def scenario(refusals: int) -> tuple[int, bool]:
         schedulers, tries = Schedulers(2), 0
@@ -97,14 +85,10 @@ def test_a_command_that_an_earlier_one_stands_in_the_way_of_is_tried_again(monke
             assert isinstance(command, LoadAdapter) and rank == 1
             if tries <= refusals:
                 return Reply(id=command.id, rank=1, success=False, message="it is being unloaded")
-            reply = Reply(id=command.id, rank=1, body={"adapters": adapters})
-            schedulers.note_reply(reply)
-            return reply
+            return says(schedulers, facts(1, adapters=[ADAPTER]))
 
         leveller = Leveller(schedulers, run)
-        first = facts(0)
-        first.state["adapters"] = adapters
-        for told in (first, facts(1)):
+        for told in (facts(0, adapters=[ADAPTER]), facts(1)):
             schedulers.note_facts(told, told)
             leveller.look_at(told.rank)
         for _ in range(50):
@@ -121,15 +105,13 @@ def test_a_scheduler_that_is_started_again_while_it_is_levelled_is_levelled_agai
         done = asyncio.Event()
 
         async def run(command: ControlCommand, timeout_s: float, rank: int) -> Message:
-            assert isinstance(command, UpdateWeightVersion) and rank == 1
-            given.append(command.new_version)
+            assert isinstance(command, UpdateWeightsFromDisk) and rank == 1
+            given.append(str(command.weight_version))
             if len(given) == 1:
                 await restarted.wait()
                 raise RequestError(COMMAND_LOST, Kind.UNAVAILABLE)
-            reply = Reply(id=command.id, rank=1, body={"weight_version": command.new_version})
-            schedulers.note_reply(reply)
             done.set()
-            return reply
+            return says(schedulers, facts(1, epoch=1))
 
         leveller = Leveller(schedulers, run)
         for told in (facts(0), facts(1, version="v1")):
@@ -146,3 +128,35 @@ def test_a_scheduler_that_is_started_again_while_it_is_levelled_is_levelled_agai
         return given
 
     assert asyncio.run(asyncio.wait_for(scenario(), 60)) == ["v0", "v0"]
+
+
+def test_nothing_is_given_to_a_scheduler_that_a_command_of_a_client_is_on_its_way_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(levelling, "LOOK_AFTER_S", 0.0)
+
+    async def scenario() -> tuple[int, int]:
+        schedulers, given, on_their_way = Schedulers(2), 0, {1}
+
+        async def run(command: ControlCommand, timeout_s: float, rank: int) -> Message:
+            nonlocal given
+            given += 1
+            return says(schedulers, facts(1, adapters=[ADAPTER]))
+
+        leveller = Leveller(schedulers, run)
+        schedulers.changes = on_their_way.__contains__
+        for told in (facts(0), facts(1)):
+            says(schedulers, told)
+        schedulers.decide(LoadAdapter(lora_name="a", lora_path="/a"))
+        says(schedulers, facts(0, adapters=[ADAPTER]))
+        leveller.look_at(1)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        meanwhile = given
+        on_their_way.clear()
+        schedulers.on_change()  # the command has ended
+        while schedulers.is_behind(1):
+            await asyncio.sleep(0)
+        return meanwhile, given
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60)) == (0, 1)

@@ -1,5 +1,7 @@
 """Which of several schedulers gets a request, and what is known of each."""
 
+import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +9,14 @@ import msgspec
 import pytest
 
 from quartet.http_gateway.ring import prefix_memory
+from quartet.http_gateway.ring.decided import Decided, Served
 from quartet.http_gateway.ring.prefix_memory import BLOCK_BYTES, MOST_BLOCKS, PrefixMemory, PromptBlocks, blocks_of
-from quartet.http_gateway.ring.schedulers import MOST_MORE_REQUESTS, Schedulers, Served
-from quartet.runtime.messages import Chat, Facts, Generate, Reply, Request, pack_ids
+from quartet.http_gateway.ring.schedulers import MOST_MORE_REQUESTS, Schedulers
+from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
+from quartet.runtime.control import UpdateWeightsFromDisk
+from quartet.runtime.messages import Chat, Facts, Generate, Request, pack_ids
 from quartet.runtime.sampling import SamplingParams
+from tests.unit.http_gateway.harness import asynchronous
 
 LONG = "a long story " * 100
 
@@ -19,7 +25,10 @@ def asked(text: str = "hi", **fields: Any) -> Generate:
     return Generate(request=Request(rid="r", params=SamplingParams(), **fields), text=text)
 
 
-def facts(rank: int, epoch: int = 0, version: str = "v0") -> Facts:
+ADAPTER = {"name": "a", "path": "/a", "version": "1", "rank": 4, "pinned": False, "loaded": True}
+
+
+def facts(rank: int, epoch: int = 0, version: str = "v0", path: str = "m", adapters: Sequence[Any] = ()) -> Facts:
     return Facts(
         rank=rank,
         epoch=epoch,
@@ -27,7 +36,7 @@ def facts(rank: int, epoch: int = 0, version: str = "v0") -> Facts:
         max_req_input_len=90,
         context_length=100,
         vocab_size=10,
-        state={"model_path": "m", "weight_version": version},
+        state={"model_path": path, "weight_version": version, "adapters": list(adapters)},
     )
 
 
@@ -119,119 +128,119 @@ def test_a_death_is_news_once_and_of_the_present_incarnation_only() -> None:
     assert schedulers.targets == [0, 1]
 
 
+UPDATE = UpdateWeightsFromDisk(model_path="n", weight_version="v1")
+LOAD, UNLOAD = LoadAdapter(lora_name="a", lora_path="/a"), UnloadAdapter(lora_name="a")
+
+
+def says(schedulers: Schedulers, told: Facts) -> bool:
+    return schedulers.note_facts(told, schedulers.common(told))
+
+
 def test_a_scheduler_with_other_weights_gets_no_requests() -> None:
     schedulers = heard()
-    schedulers.note_reply(Reply(id="c", rank=0, body={"weight_version": "v1"}))
+    assert schedulers.decide(UPDATE)
+    says(schedulers, facts(0, version="v1", path="n"))
     assert {schedulers.choose(asked(str(number))) for number in range(4)} == {0}
-    schedulers.note_reply(Reply(id="c", rank=1, body={"weight_version": "v1"}))
+    says(schedulers, facts(1, version="v1", path="n"))
     assert schedulers.choose(asked("x")) == 1
-    assert schedulers.note_facts(facts(1, epoch=1), facts(1, epoch=1))
+    assert says(schedulers, facts(1, epoch=1))
     assert schedulers.is_behind(1)
     assert not schedulers.is_behind(0)
     assert schedulers.choose(asked("y", wanted_rank=1)) == 0
 
 
-def test_a_scheduler_with_other_adapters_gets_no_requests() -> None:
-    schedulers = heard()
-    adapter = {"name": "a", "path": "/a", "version": "1", "rank": 4, "pinned": False, "loaded": True}
-    schedulers.note_reply(Reply(id="c", rank=0, body={"adapters": [adapter]}))
-    assert {schedulers.choose(asked(str(number))) for number in range(4)} == {0}
-    evicted = adapter | {"loaded": False, "version": "3"}
-    schedulers.note_reply(Reply(id="c", rank=1, body={"adapters": [evicted]}))
-    assert not schedulers.is_behind(0)
-    assert not schedulers.is_behind(1)
-
-
-def test_a_command_for_all_holds_though_only_one_that_is_levelled_has_answered() -> None:
-    schedulers = heard()
-    adapter = {"name": "a", "path": "/a", "version": "1", "rank": 4, "pinned": False, "loaded": True}
-    loaded, unloaded = Reply(id="c", rank=1, body={"adapters": [adapter]}), Reply(id="d", rank=1, body={"adapters": []})
-    schedulers.all[1].levelled = True  # what it says does not hold for all by itself
+def test_those_that_are_about_to_change_get_requests_as_long_as_nobody_has() -> None:
+    schedulers = heard(3)
+    schedulers.changes = {1, 2}.__contains__
+    schedulers.decide(UPDATE)
+    assert [one.rank for one in schedulers.serving()] == [1, 2]
+    schedulers.note_death(2, 0)
+    assert [one.rank for one in schedulers.serving()] == [1]
+    says(schedulers, facts(0, version="v1", path="n"))
+    assert [one.rank for one in schedulers.serving()] == [0]
     schedulers.note_death(0, 0)
-    for answer, expected in ((loaded, {("a", "/a", False)}), (unloaded, set())):
-        schedulers.note_reply(answer)
-        schedulers.note_adapter("a", answer)
-        assert schedulers.reference is not None
-        assert schedulers.reference.adapters == expected
-        assert not schedulers.is_behind(1)
+    schedulers.changes = lambda rank: False
+    assert [one.rank for one in schedulers.serving()] == [0, 2], "those that will be back"
+
+
+def test_a_scheduler_that_lacks_an_adapter_gets_no_requests_and_one_with_too_many_does() -> None:
+    schedulers = heard()
+    schedulers.decide(LOAD)
+    says(schedulers, facts(0, adapters=[ADAPTER]))
+    assert {schedulers.choose(asked(str(number))) for number in range(4)} == {0}
+    says(schedulers, facts(1, adapters=[ADAPTER | {"loaded": False, "version": "3"}]))
+    assert not schedulers.is_behind(0) and not schedulers.is_behind(1)
+    schedulers.decide(UNLOAD)
+    assert schedulers.is_behind(0) and schedulers.is_behind(1)
+    assert len(schedulers.serving()) == 2
+
+
+def test_what_was_decided_is_so_whoever_says_something_else() -> None:
+    schedulers = heard()
+    schedulers.decide(LOAD)
+    schedulers.note_death(0, 0)
+    for told in (facts(1), facts(1, version="v9"), facts(0, epoch=1), facts(1, epoch=1, adapters=[])):
+        says(schedulers, told)
+        assert schedulers.decided == Decided(Served("m", "v0", frozenset({("a", "/a", False)})))
+        assert schedulers.is_behind(told.rank)
 
 
 def test_a_request_stays_where_its_adapter_is_while_that_is_unloaded() -> None:
     schedulers = heard()
-    adapter = {"name": "a", "path": "/a", "version": "1", "rank": 4, "pinned": False, "loaded": True}
+    schedulers.decide(LOAD)
     for rank in (0, 1):
-        schedulers.note_reply(Reply(id="c", rank=rank, body={"adapters": [adapter]}))
+        says(schedulers, facts(rank, adapters=[ADAPTER]))
     named = asked(adapter="a", wanted_rank=1)
     assert schedulers.choose(named) == 1
     schedulers.note_death(1, 0)
     schedulers.release(1)
     assert schedulers.choose_again(named, 1) == 0, "all serve it: another one goes on"
     schedulers.release(0)
-    schedulers.note_reply(Reply(id="c", rank=0, body={"adapters": []}))
+    schedulers.decide(UNLOAD)
     assert schedulers.choose_again(named, 1) == 1, "the others may have forgotten it"
     assert schedulers.choose_again(asked("base"), 1) == 0
     assert [one.requests for one in schedulers.all] == [1, 1]
 
 
-def test_facts_may_tell_of_a_change_before_its_lost_reply_is_repeated() -> None:
-    schedulers = heard()
-    schedulers.note_facts(facts(0, version="v1"), facts(0))
-    assert schedulers.is_behind(1)
+def test_the_next_gateway_goes_on_with_what_was_decided_whatever_it_hears(tmp_path: Path) -> None:
+    before = heard(run_dir=str(tmp_path))
+    before.decide(UPDATE)
+    before.decide(LOAD)
+    after = heard(run_dir=str(tmp_path))
+    assert after.decided == before.decided
+    assert after.is_behind(0) and after.is_behind(1)
+
+
+def test_the_first_one_that_speaks_says_what_all_must_serve_where_nothing_was_decided() -> None:
+    schedulers = Schedulers(2)
+    assert not schedulers.decide(UPDATE), "nothing is known that it could change"
+    for rank, version in enumerate(("v1", "v2")):
+        says(schedulers, facts(rank, version=version))
+    assert schedulers.decided == Decided(Served("m", "v1"))
+    assert schedulers.is_behind(1) and not schedulers.is_behind(0)
+
+
+def test_one_scheduler_has_nobody_to_be_like() -> None:
+    schedulers = heard(1)
+    assert not schedulers.decide(UPDATE)
+    told = facts(0, version="v2")
+    assert schedulers.common(told) == told
     assert not schedulers.is_behind(0)
 
 
-def test_who_repeats_that_it_is_behind_does_not_speak_for_all() -> None:
+@asynchronous
+async def test_a_command_waits_until_all_live_at_once() -> None:
     schedulers = heard()
-    schedulers.note_death(1, 0)
-    schedulers.begin_change()
-    schedulers.note_facts(facts(1, epoch=1), schedulers.common(facts(1, epoch=1)))
-    changed = Reply(id="c", rank=0, body={"weight_version": "v1"})
-    schedulers.note_reply(changed)
-    assert schedulers.common(facts(1, epoch=1)).state == {}  # said again, as a service asked for it
-    assert schedulers.common(facts(0, version="v1")).state["weight_version"] == "v1"
-    assert schedulers.common(facts(1, epoch=0)).state == {}  # of the incarnation that is dead
-
-
-def test_the_next_gateway_knows_which_weights_all_serve(tmp_path: Path) -> None:
-    schedulers = heard(run_dir=str(tmp_path))
-    schedulers.note_reply(Reply(id="c", rank=0, body={"weight_version": "v1"}))
-    after = heard(run_dir=str(tmp_path))
-    assert after.reference == Served("m", "v1")
-    assert after.is_behind(0)
-
-
-def test_who_is_behind_and_takes_an_adapter_does_not_turn_the_weights_back() -> None:
-    one, other = ({"name": "a", "path": path, "version": "1", "rank": 1, "pinned": False} for path in ("p", "q"))
-    schedulers = heard()
-    schedulers.note_reply(Reply(id="c", rank=1, body={"weight_version": "v1", "adapters": [one]}))
-    schedulers.note_reply(Reply(id="d", rank=0, body={"adapters": [other]}))
-    assert schedulers.reference == Served("m", "v1", frozenset({("a", "q", False)}))
-    assert schedulers.is_behind(0)
-    schedulers.note_reply(Reply(id="d", rank=1, body={"adapters": [other]}))
-    assert not schedulers.is_behind(1)
-    schedulers.note_reply(Reply(id="e", rank=0, body={"adapters": []}))
-    assert schedulers.reference == Served("m", "v1")
-
-
-def test_a_reply_to_the_gateway_before_takes_no_adapters_away(tmp_path: Path) -> None:
-    adapter = {"name": "a", "path": "p", "version": "1", "rank": 1, "pinned": False, "loaded": True}
-    before = heard(run_dir=str(tmp_path))
-    for rank in (0, 1):
-        before.note_reply(Reply(id="c", rank=rank, body={"adapters": [adapter]}))
-    schedulers = Schedulers(2, str(tmp_path))
-    schedulers.note_reply(Reply(id="d", rank=1, body={"weight_version": "v1"}))
-    assert schedulers.reference == Served("m", "v1", frozenset({("a", "p", False)}))
-    for rank in (0, 1):
-        told = facts(rank, version="v1")
-        told.state["adapters"] = [adapter]
-        schedulers.note_facts(told, told)
-        assert not schedulers.is_behind(rank)
-
-
-def test_a_reply_before_anything_is_known_says_nothing() -> None:
-    schedulers = Schedulers(2)
-    schedulers.note_reply(Reply(id="d", rank=1, body={"weight_version": "v1"}))
-    assert schedulers.reference is None
+    schedulers.note_death(0, 0)
+    waiting = asyncio.create_task(schedulers.complete())
+    await asyncio.sleep(0)
+    says(schedulers, facts(0, epoch=1))
+    schedulers.note_death(1, 0)  # before the waiting one goes on
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    says(schedulers, facts(1, epoch=1))
+    await waiting
 
 
 def test_what_is_told_of_sizes_holds_for_all() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from quartet.runtime.guard import Announced
 from quartet.runtime.messages import Finish, Generate, Prepared, Reply, Request, Restarted, pack_ids
 from quartet.runtime.sampling import SamplingParams
 from tests.unit.http_gateway.harness import FakeRing, asynchronous, never_again, step
-from tests.unit.http_gateway.ring.test_schedulers import facts
+from tests.unit.http_gateway.ring.test_schedulers import ADAPTER, facts
 
 STOP = Finish(reason="stop", matched=2)
 PIDS = (100, 200)
@@ -34,7 +35,7 @@ PIDS = (100, 200)
 class Fleet:
     """A ring client, two schedulers that live, and their ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: str) -> None:
         self.transport = FakeRing()
         self.transport.answers_commands = False
         self.ends: dict[int, Callable[[], None]] = {}
@@ -45,11 +46,12 @@ class Fleet:
             Metrics("m", never_again),
             announced=Announced(schedulers=2),
             schedulers=2,
+            run_dir=run_dir,
             watch=self.ends.__setitem__,
         )
 
-    def start(self, rank: int, epoch: int = 0, version: str = "v0") -> None:
-        said = facts(rank, epoch, version)
+    def start(self, rank: int, epoch: int = 0, **served: Any) -> None:
+        said = facts(rank, epoch, **served)
         said.pid = PIDS[rank] + epoch
         self.transport.push(said)
 
@@ -78,8 +80,8 @@ async def settle() -> None:
 
 
 @asynccontextmanager
-async def fleet() -> AsyncIterator[Fleet]:
-    found = Fleet()
+async def fleet(run_dir: str = "") -> AsyncIterator[Fleet]:
+    found = Fleet(run_dir)
     listening = asyncio.create_task(found.client.listen())
     found.start(0)
     found.start(1)
@@ -225,7 +227,7 @@ async def test_a_change_is_made_when_all_are_prepared() -> None:
         await ring.say(Prepared(id=id, rank=1))
         assert decisions(ring) == {(0, ""), (1, "")}
         for rank in (0, 1):
-            await ring.say(Reply(id=id, rank=rank, message="ok", body={"weight_version": "v1", "model_path": "n"}))
+            await ring.say(Reply(id=id, rank=rank, message="ok"))
         answer = await task
         assert (answer.success, answer.message) == (True, "ok | ok")
         ring.transport.sent.clear()
@@ -261,7 +263,7 @@ async def test_a_death_before_the_decision_ends_the_change_and_one_behind_it_doe
         task, id = await updating(ring)
         await ring.say(Prepared(id=id, rank=0), Prepared(id=id, rank=1))
         await ring.end(1, epoch=1)
-        await ring.say(Reply(id=id, rank=0, message="ok", body={"weight_version": "v1", "model_path": "n"}))
+        await ring.say(Reply(id=id, rank=0, message="ok"))
         assert (await task).success
 
 
@@ -275,7 +277,7 @@ async def test_who_comes_back_amid_a_change_gets_no_requests_before_it_serves_wh
         await settle()
         ring.client.open([asked("a", 1)])
         assert ring.generates[-1][:2] == ("a", 0)
-        await ring.say(Reply(id=id, rank=0, message="ok", body={"weight_version": "v1", "model_path": "n"}))
+        await ring.say(facts(0, version="v1", path="n"), Reply(id=id, rank=0, message="ok"))
         assert (await task).success
         ring.client.open([asked("b", 1)])
         assert ring.generates[-1][:2] == ("b", 0)
@@ -289,50 +291,115 @@ async def test_a_change_that_nobody_waits_for_is_not_made() -> None:
         assert rank == 1 and "nobody waits" in reason
 
 
-@pytest.mark.parametrize("path", ["m", "n"])
 @asynchronous
-async def test_a_scheduler_that_comes_back_with_other_weights_gets_those_of_the_others_first(path: str) -> None:
+async def test_a_new_gateway_has_all_make_what_the_one_before_has_decided(tmp_path: Path) -> None:
+    async with fleet(str(tmp_path)) as ring:
+        _, id = await updating(ring)
+        await ring.say(Prepared(id=id, rank=0), Prepared(id=id, rank=1))
+    async with fleet(str(tmp_path)) as ring:
+        await ring.say(Prepared(id=id, rank=1), Prepared(id="another", rank=1))
+        assert [(decision.change, decision.reason == "") for decision in ring.sent(DecideChange)] == [
+            (id, True),
+            ("another", False),
+        ]
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+@asynchronous
+async def test_a_scheduler_that_comes_back_with_other_weights_gets_what_was_decided_first(renamed: bool) -> None:
     async with fleet() as ring:
-        body = {"weight_version": "v1", "model_path": path}
-        await ring.say(Reply(id="c", rank=0, body=body), Reply(id="c", rank=1, body=body))
+        command = (
+            UpdateWeightVersion(new_version="v1")
+            if renamed
+            else UpdateWeightsFromDisk(model_path="n", weight_version="v1")
+        )
+        served = {"version": "v1", "path": "m" if renamed else "n"}
+        ring.client.schedulers.decide(command)
+        await ring.say(facts(0, **served), facts(1, **served))
         await ring.end(1)
         ring.start(1, epoch=1)
         await settle()
-        kind = UpdateWeightVersion if path == "m" else UpdateWeightsFromDisk
-        [command] = ring.sent(kind)
+        [command] = ring.sent(type(command))
         assert (command.rank, command.epoch) == (1, 1)
-        assert not getattr(command, "waits_for_others", False)
+        assert not command.waits_for_others
         ring.client.open([asked("a", 1)])
         assert ring.generates[-1][:2] == ("a", 0)
-        await ring.say(Reply(id=command.id, rank=1, body=body))
+        await ring.say(facts(1, epoch=1, **served), Reply(id=command.id, rank=1))
         ring.client.open([asked("b", 1)])
         assert ring.generates[-1][:2] == ("b", 1)
 
 
 @asynchronous
-async def test_a_scheduler_that_comes_back_gets_the_adapters_of_the_others_and_speaks_for_none() -> None:
+async def test_a_scheduler_that_comes_back_gets_the_adapters_that_were_decided_and_shows_none_of_its_own() -> None:
     async with fleet() as ring:
-        told: list[Any] = []
-        ring.client.on_reply = told.append
-        kept, late = ({"name": name, "path": f"/{name}", "pinned": False} for name in ("kept", "late"))
+        shown: list[Any] = []
+        ring.client.on_facts = lambda facts: shown.append(facts.state.get("adapters"))
+        kept, late, gone = (ADAPTER | {"name": name, "path": f"/{name}"} for name in ("kept", "late", "gone"))
+        for name in ("kept", "late"):
+            ring.client.schedulers.decide(LoadAdapter(lora_name=name, lora_path=f"/{name}"))
         for rank in (0, 1):
-            await ring.say(Reply(id="c", rank=rank, body={"adapters": [kept, late]}))
+            await ring.say(facts(rank, adapters=[kept, late]))
         await ring.end(1)
-        told.clear()
-        before = facts(1, epoch=1)
-        before.state["adapters"] = [kept, {"name": "gone", "path": "/gone", "pinned": False}]
-        await ring.say(before)
+        shown.clear()
+        await ring.say(facts(1, epoch=1, adapters=[kept, gone]))
         [unload] = ring.sent(UnloadAdapter)
         assert (unload.lora_name, unload.rank, unload.epoch) == ("gone", 1, 1)
-        await ring.say(Reply(id=unload.id, rank=1, body={"adapters": [kept]}))
+        await ring.say(facts(1, epoch=1, adapters=[kept]), Reply(id=unload.id, rank=1))
         [load] = ring.sent(LoadAdapter)
         assert (load.lora_name, load.lora_path, load.rank, load.waits_for_others) == ("late", "/late", 1, False)
-        assert told == []
+        assert shown == [None, None]
         ring.client.open([asked("a", 1)])
         assert ring.generates[-1][:2] == ("a", 0)
-        await ring.say(Reply(id=load.id, rank=1, body={"adapters": [kept, late]}))
+        await ring.say(facts(1, epoch=1, adapters=[kept, late]), Reply(id=load.id, rank=1))
+        assert shown == [None, None, [kept, late]]
         ring.client.open([asked("b", 1)])
         assert ring.generates[-1][:2] == ("b", 1)
+
+
+@pytest.mark.parametrize("left_by", [0, 1])
+@asynchronous
+async def test_an_adapter_that_is_being_unloaded_stays_so_though_a_scheduler_dies_and_the_command_is_lost(
+    left_by: int,
+) -> None:
+    async with fleet() as ring:
+        ring.client.schedulers.decide(LoadAdapter(lora_name="a", lora_path="/a"))
+        await ring.say(*(facts(rank, adapters=[ADAPTER]) for rank in (0, 1)))
+        task = asyncio.create_task(ring.client.command(UnloadAdapter(lora_name="a"), 10))
+        await settle()
+        await ring.end(left_by)
+        with pytest.raises(RequestError):
+            await task
+        await ring.say(facts(1 - left_by))  # it has unloaded it
+        ring.start(left_by, epoch=1, adapters=[ADAPTER])
+        await settle()
+        [unload] = ring.sent(UnloadAdapter)
+        assert (unload.rank, unload.epoch) == (left_by, 1)
+        assert ring.sent(LoadAdapter) == []
+
+
+@asynchronous
+async def test_a_command_that_nobody_waits_for_any_more_is_decided_all_the_same() -> None:
+    async with fleet() as ring:
+        ring.client.schedulers.decide(LoadAdapter(lora_name="a", lora_path="/a"))
+        await ring.say(*(facts(rank, adapters=[ADAPTER]) for rank in (0, 1)))
+        with pytest.raises(TimeoutError):
+            await ring.client.command(UnloadAdapter(lora_name="a"), 0)
+        await ring.say(facts(0), facts(1))
+        assert not ring.client.schedulers.is_behind(0) and not ring.client.schedulers.is_behind(1)
+        assert ring.sent(LoadAdapter) == []
+
+
+@asynchronous
+async def test_a_change_that_one_refuses_is_not_decided() -> None:
+    async with fleet() as ring:
+        before = ring.client.schedulers.decided
+        task, id = await updating(ring)
+        await ring.say(Prepared(id=id, rank=0))
+        assert ring.client.schedulers.decided == before
+        await ring.say(Reply(id=id, rank=1, success=False, status=400, message="broken"))
+        await ring.say(Reply(id=id, rank=0, success=False, status=503, message="not all"))
+        assert not (await task).success
+        assert ring.client.schedulers.decided == before
 
 
 @asynchronous

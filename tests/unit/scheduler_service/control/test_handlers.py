@@ -208,6 +208,16 @@ def test_messages_for_an_earlier_scheduler_are_ignored() -> None:
     ]
 
 
+def test_the_state_is_told_in_front_of_each_answer_refusals_too() -> None:
+    rig = restarted()
+    rig.inbox.put(PauseGeneration(id="p"), FlushCache(id="f"))
+    rig.run()
+    rig.inbox.put(ContinueGeneration(id="c"), FlushCache(id="old", epoch=1))
+    rig.run()
+    told = [message.state["paused"] if isinstance(message, Facts) else message.id for message in rig.outbox.messages]
+    assert told == [True, "p", "f", False, "c", "old"]
+
+
 def restarted(**changes: Any) -> Rig:
     """A scheduler of epoch 2."""
     rig = Rig(**changes)
@@ -229,7 +239,7 @@ def test_a_new_gateway_gets_the_facts_and_requests_of_the_earlier_one_end() -> N
     rig.scheduler.step()
     told = [message for message in rig.outbox.messages[sent:] if not isinstance(message, Tokens | Reply)]
     state = {"weight_version": "default", "paused": True, "asleep": False, "lacks": []}
-    assert told == [msgspec.structs.replace(rig.scheduler.facts, state=state)]
+    assert told == [msgspec.structs.replace(rig.scheduler.facts, state=state)] * 2  # for the reply and the gateway
     rig.inbox.put(ContinueGeneration(id="c"))
     rig.run()
     assert finishes(rig, "new") == ["length"]
