@@ -6,7 +6,7 @@
 #include "powers.h"
 
 #define BLOCK_KEYS 128
-#define SPAN_KEYS 1024 /* sums begin anew at its multiples, so that threads may share a sequence: a multiple of BLOCK_KEYS */
+#define SPAN_KEYS 2048 /* sums begin anew at its multiples, so that threads may share a sequence: a multiple of BLOCK_KEYS */
 #define PLACES (TASK_TILES + 1) /* for sums of tiles: those of a task, and one of what follows what sequences share */
 #define HIDDEN_SCORE (-1e30f)
 
