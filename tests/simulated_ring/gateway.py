@@ -152,8 +152,8 @@ class GatewayProcess(Process):
 
     def _tell_watch(self, reply: Reply) -> None:
         waiting = self.ring._commands._unanswered.get(reply.id)
-        if self.schedulers > 1 and waiting is not None and (waiting.waiting != [reply.rank] or waiting.cause):
-            return  # another one has not answered yet, or has refused
+        if self.schedulers > 1 and (waiting is None or waiting.waiting != [reply.rank] or waiting.cause):
+            return  # another one has not answered yet, or has refused; or a gateway before has asked, who knows whom
         if waiting is None or not waiting.answer.done():  # else the operator was told that the command is lost
             self._watch.on_reply(reply)
 

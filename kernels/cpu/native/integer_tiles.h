@@ -3,7 +3,8 @@
  * Rows become int8 as the weight is, with a scale for each row and group of up to MOST_GROUP numbers in k. A job is one
  * group for 32 rows and 32 columns: its four tiles of 32-bit sums go to memory, from where they are scaled and added to the
  * sums of the product as floats. That takes almost as long as the tiles do, so it is done between the tiles of the job that
- * follows: the upper two tiles of a job are stored at its end, the lower two in the middle of the next job.
+ * follows: the upper two tiles of a job are stored at its end, the lower two in the middle of the next job. Where the sums
+ * are complete and only SiLU is left, that is done there too.
  */
 #pragma once
 
@@ -93,6 +94,8 @@ struct scaled {
     vec scales[2];           /* of 32 columns */
     float *sums;             /* (32, JOB_COLUMNS) of the product */
     __mmask16 kept;          /* all ones where earlier groups are in `sums`, else 0 */
+    bf16 *out;               /* where the sums are complete, and gated by SiLU: 16 columns of the result; or null */
+    int64_t out_stride, rows;
 };
 
 /* What a job asks for on its way, in each step of k: some cache lines of what is read next. */
@@ -110,7 +113,8 @@ struct job_tiles {
     struct asked asked;
 };
 
-INLINE void scale_rows(const struct scaled *job, const int32_t *sums, int begin, int end) {
+/* `gated`, a constant of the caller: the job has an `out`. */
+INLINE void scale_rows(int gated, const struct scaled *job, const int32_t *sums, int begin, int end) {
 #pragma GCC unroll 4
     for (int row = begin; row < end; row++) {
         const int32_t *own = sums + row / 16 * 2 * TILE_SUMS + row % 16 * LANES;
@@ -118,8 +122,15 @@ INLINE void scale_rows(const struct scaled *job, const int32_t *sums, int begin,
         vec scale = vec_set(job->row_scales[row]);
         vec first = vec_mul(_mm512_cvtepi32_ps(_mm512_load_si512(own)), scale);
         vec second = vec_mul(_mm512_cvtepi32_ps(_mm512_load_si512(own + TILE_SUMS)), scale);
-        vec_store(to, vec_fma(first, job->scales[0], _mm512_maskz_loadu_ps(job->kept, to)));
-        vec_store(to + LANES, vec_fma(second, job->scales[1], _mm512_maskz_loadu_ps(job->kept, to + LANES)));
+        first = vec_fma(first, job->scales[0], _mm512_maskz_loadu_ps(job->kept, to));
+        second = vec_fma(second, job->scales[1], _mm512_maskz_loadu_ps(job->kept, to + LANES));
+        if (gated) {
+            __m256i result = (__m256i)_mm512_cvtneps_pbh(gate(ACTIVATION_SILU, first, second));
+            _mm256_mask_storeu_epi16(job->out + row * job->out_stride, row < job->rows ? 0xFFFF : 0, result);
+        } else {
+            vec_store(to, first);
+            vec_store(to + LANES, second);
+        }
     }
 }
 
@@ -130,8 +141,8 @@ INLINE void ask(const struct asked *asked, int step) {
             _mm_prefetch((const char *)asked->from[block] + (step * asked->lines + line) * CACHE_LINE, _MM_HINT_T1);
 }
 
-/* `steps` of k and `halves` (row blocks) are constants of the caller. */
-INLINE void run_job(int steps, int halves, const struct job_tiles *job) {
+/* `steps` of k, `halves` (row blocks), and whether the job before is `gated` are constants of the caller. */
+INLINE void run_job(int steps, int halves, int gated, const struct job_tiles *job) {
     const struct scaled before = *job->before;
     const uint8_t *first = job->weight[0], *second = job->weight[1];
     const int8_t *x = job->x, *lower = x + job->stride;
@@ -144,10 +155,10 @@ INLINE void run_job(int steps, int halves, const struct job_tiles *job) {
         _tile_loadd(6, first + step * TILE_BYTES, STEP);
         _tile_loadd(4, x + step * TILE_BYTES, STEP);
         _tile_dpbssd(0, 4, 6);
-        scale_rows(&before, job->sums, 2 * step * 16 / slots, (2 * step + 1) * 16 / slots);
+        scale_rows(gated, &before, job->sums, 2 * step * 16 / slots, (2 * step + 1) * 16 / slots);
         _tile_loadd(7, second + step * TILE_BYTES, STEP);
         _tile_dpbssd(1, 4, 7);
-        scale_rows(&before, job->sums, (2 * step + 1) * 16 / slots, (2 * step + 2) * 16 / slots);
+        scale_rows(gated, &before, job->sums, (2 * step + 1) * 16 / slots, (2 * step + 2) * 16 / slots);
     }
     if (halves == 2) {
         _tile_stored(2, job->sums + 2 * TILE_SUMS, STEP);
@@ -161,11 +172,11 @@ INLINE void run_job(int steps, int halves, const struct job_tiles *job) {
                 _tile_loadd(6, first + step * TILE_BYTES, STEP);
             _tile_loadd(5, lower + step * TILE_BYTES, STEP);
             _tile_dpbssd(2, 5, 6);
-            scale_rows(&before, job->sums, 16 + 2 * done * 16 / slots, 16 + (2 * done + 1) * 16 / slots);
+            scale_rows(gated, &before, job->sums, 16 + 2 * done * 16 / slots, 16 + (2 * done + 1) * 16 / slots);
             if (done)
                 _tile_loadd(7, second + step * TILE_BYTES, STEP);
             _tile_dpbssd(3, 5, 7);
-            scale_rows(&before, job->sums, 16 + (2 * done + 1) * 16 / slots, 16 + (2 * done + 2) * 16 / slots);
+            scale_rows(gated, &before, job->sums, 16 + (2 * done + 1) * 16 / slots, 16 + (2 * done + 2) * 16 / slots);
         }
     }
     _tile_stored(0, job->sums, STEP);
@@ -173,15 +184,19 @@ INLINE void run_job(int steps, int halves, const struct job_tiles *job) {
 }
 
 OUTLINE void run_any_job(int64_t steps, int halves, const struct job_tiles *job) {
-    switch (steps * 2 + halves) {
-    case 5: run_job(2, 1, job); return;
-    case 6: run_job(2, 2, job); return;
-    case 9: run_job(4, 1, job); return;
-    case 10: run_job(4, 2, job); return;
-    case 13: run_job(6, 1, job); return;
-    case 14: run_job(6, 2, job); return;
-    case 17: run_job(8, 1, job); return;
-    default: run_job(8, 2, job); return;
+    switch (steps * 4 + (halves == 2) * 2 + (job->before->out != 0)) {
+    case 8: run_job(2, 1, 0, job); return;
+    case 10: run_job(2, 2, 0, job); return;
+    case 11: run_job(2, 2, 1, job); return;
+    case 16: run_job(4, 1, 0, job); return;
+    case 18: run_job(4, 2, 0, job); return;
+    case 19: run_job(4, 2, 1, job); return;
+    case 24: run_job(6, 1, 0, job); return;
+    case 26: run_job(6, 2, 0, job); return;
+    case 27: run_job(6, 2, 1, job); return;
+    case 32: run_job(8, 1, 0, job); return;
+    case 34: run_job(8, 2, 0, job); return;
+    default: run_job(8, 2, 1, job); return;
     }
 }
 
@@ -220,8 +235,15 @@ INLINE struct asked asked_by(const struct plan *plan, struct group_place next, i
     return asked;
 }
 
+/* Whether sums of a panel become a result where they are scaled: whole columns, gated by SiLU, nothing added. */
+INLINE int gates_at_once(const struct plan *plan, int64_t panel) {
+    const struct product *p = plan->p;
+    int plain = p->output == OUTPUT_GATED && p->activation == ACTIVATION_SILU && !p->bias && !p->out_tiles;
+    return plain && !plan->added.jobs && plan->padded_rows > 16 && (panel + 1) * LANES <= p->n / 2;
+}
+
 INLINE void write_begun(const struct plan *plan, int64_t first, const struct begun *begun) {
-    if (!begun->rows)
+    if (!begun->rows || begun->scaled.out)
         return;
     if (plan->added.jobs)
         add_adapters(plan, begun->panel, begun->row, begun->rows, begun->scaled.sums, JOB_COLUMNS);
@@ -234,7 +256,7 @@ INLINE void compute_group(const struct plan *plan, int64_t first, int64_t rows, 
     int64_t size = plan->depth - at.from < plan->group ? plan->depth - at.from : plan->group, steps = size / STEP;
     int halves = plan->padded_rows > 16 ? 2 : 1, last = at.from + size == plan->depth;
     struct job_tiles job = {.stride = 16 * plan->depth, .sums = sums, .before = &begun->scaled};
-    struct scaled scaled = {.kept = at.from ? 0xFFFF : 0};
+    struct scaled scaled = {.kept = at.from ? 0xFFFF : 0, .out_stride = plan->p->out_stride};
     for (int place = 0; place < 2; place++) {
         job.weight[place] = group_numbers(plan, at, place);
         scaled.scales[place] = vec_load_half(group_scales(plan, at, place));
@@ -248,6 +270,9 @@ INLINE void compute_group(const struct plan *plan, int64_t first, int64_t rows, 
         write_begun(plan, first, begun);
         scaled.row_scales = plan->row_scales + at.from / plan->group * plan->padded_rows + row;
         scaled.sums = kept + row * JOB_COLUMNS;
+        scaled.rows = some;
+        if (last && gates_at_once(plan, at.panel))
+            scaled.out = (bf16 *)plan->p->out + (first + row) * scaled.out_stride + at.panel * LANES;
         *begun = (struct begun){scaled, at.panel, row, last ? some : 0};
     }
 }
@@ -272,12 +297,15 @@ static void compute_integer_tiles(const struct plan *plan, int64_t first, int64_
                 float *own = kept + (piece < plan->depth ? panel - begin : 0) * size;
                 compute_group(plan, first, rows, (struct group_place){panel, from}, next, own, sums, &begun);
             }
-    scale_rows(&begun.scaled, sums, 0, 16);
-    if (plan->padded_rows > 16) {
+    int count = plan->padded_rows > 16 ? 32 : 16;
+    if (count == 32) {
         _tile_stored(2, sums + 2 * TILE_SUMS, STEP);
         _tile_stored(3, sums + 3 * TILE_SUMS, STEP);
-        scale_rows(&begun.scaled, sums, 16, 32);
     }
+    if (begun.scaled.out)
+        scale_rows(1, &begun.scaled, sums, 0, count);
+    else
+        scale_rows(0, &begun.scaled, sums, 0, count);
     write_begun(plan, first, &begun);
 }
 

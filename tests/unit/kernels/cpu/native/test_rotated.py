@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from quartet.kernels.cpu.linear import no_pause
 from quartet.kernels.cpu.native import build, library
@@ -136,6 +137,22 @@ def test_norm_bias_gate_and_residual_are_those_of_a_plain_product(kernels, rows,
         kernels.product(x, quantized.argument(exact=False), 64, bias, ours, output, "silu", (norm, 1e-6, 0.5))
         kernels.product(x, packed, 64, bias, expected, output, "silu", (norm, 1e-6, 0.5))
         torch.testing.assert_close(ours, expected, atol=0.06, rtol=0.03)
+
+
+@pytest.mark.parametrize("rows", [2, 16, 17, 40, 150, 700])
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (96, 896), (192, 1280)])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_a_gated_result_is_that_of_its_sums(kernels, rows, n, k, activation):
+    weight = made(n, k)[1].argument(exact=False)
+    x, half = torch.randn(rows, k).bfloat16(), n // 2
+    sums = torch.empty(rows, n)
+    kernels.product(x, weight, n, None, sums, "float")
+    room = torch.full((rows + 2, half + 5), 7.0).bfloat16()
+    kernels.product(x, weight, n, None, room[1:-1, 2 : half + 2], "gated", activation)
+    act = F.silu(sums[:, :half]) if activation == "silu" else F.gelu(sums[:, :half], approximate="tanh")
+    torch.testing.assert_close(room[1:-1, 2 : half + 2].float(), act * sums[:, half:], rtol=2**-7, atol=1e-5)
+    room[1:-1, 2 : half + 2] = 7.0
+    assert bool((room == 7.0).all()), "nothing else is written"
 
 
 @pytest.mark.parametrize("rows", [1, 4, 12, 40])
