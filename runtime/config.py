@@ -361,7 +361,7 @@ class WeightScheme(msgspec.Struct, frozen=True, array_like=True):
     group_size: int
     offsets: bool
     zero_point: int
-    rotated: bool = False
+    rotated: int = 0
 
 
 class ResolvedConfig(ServerConfig, frozen=True, kw_only=True):

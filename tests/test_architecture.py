@@ -63,6 +63,7 @@ ABOUT_SEVERAL_MODULES = {
     "tests/unit/scheduler_service/grammar/test_thoughts.py",
     "tests/unit/kernels/cpu/native/test_tiles.py",  # products, and rows of tiles in C
     "tests/unit/kernels/cpu/native/test_parts.py",  # a header in C
+    "tests/unit/kernels/cpu/native/test_quantized_rotated.py",  # quantized.py, and products of it in C
     "tests/unit/scheduler_service/test_overlap.py",
     "tests/unit/http_gateway/generation/test_sums.py",
     "tests/unit/http_gateway/openai/test_logprobs.py",

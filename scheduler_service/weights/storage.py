@@ -1,7 +1,7 @@
 """Which weights are quantized, and how a stored tensor becomes such a weight.
 
 `--quantization int8` and `int4` quantize every product's weight when it is read; embeddings and head get 8 and 6 bits,
-and with int8 the weights of feed-forward blocks are rotated before. With `auto` the blocks of a GGUF file and the
+and with int8 all weights but those of attention are rotated before. With `auto` the blocks of a GGUF file and the
 numbers of GPTQ, AWQ and compressed-tensors stay as they are. Where tensors of one slab have different formats, the slab
 gets the smallest scheme that holds the values of all (`Scheme.joined`).
 """
@@ -16,6 +16,7 @@ import xxhash
 
 from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native.quantized import (
+    FINE_ROTATED_INT8,
     INT4,
     INT6,
     INT8,
@@ -88,14 +89,17 @@ def schemes_of(
 def chosen_scheme(choice: str, slab: Slab, layout: Layout) -> Scheme:
     """The scheme of a slab by --quantization int8 or int4.
 
-    With int8, the weights of feed-forward blocks are rotated: they are most of a model, and with AMX many rows are
-    multiplied with them as integers. Those of attention are not, for they would lose more by larger groups.
+    With int8, the weights of feed-forward blocks, embeddings and the head are rotated: they are most of a model, and with
+    AMX many rows are multiplied with them as integers. Those of attention are not, for they would lose more by it.
     """
     buffer, _ = slab
+    plain, rotated = CHOICES[choice], None
     if buffer in BOTH_SIDES:
-        return BOTH_SIDES_OF[choice]
-    rotates = choice == "int8" and kind_of(buffer) in FEED_FORWARD
-    return ROTATED_INT8 if rotates and layout.buffers[buffer][-1] % ROTATED_COLUMNS == 0 else CHOICES[choice]
+        plain, rotated = BOTH_SIDES_OF[choice], FINE_ROTATED_INT8
+    elif kind_of(buffer) in FEED_FORWARD:
+        rotated = ROTATED_INT8
+    can_rotate = choice == "int8" and layout.buffers[buffer][-1] % ROTATED_COLUMNS == 0
+    return rotated if rotated is not None and can_rotate else plain
 
 
 def can_quantize(dtype: torch.dtype, device: torch.device) -> bool:

@@ -25,7 +25,8 @@ struct quantized {
     const uint16_t *scales; /* (blocks, units, halves, 1 + offsets, 16) */
     int32_t bits;           /* 4, 5, 6 or 8 */
     int32_t halves, offsets, zero;
-    int32_t rotated; /* rows are rotated (hadamard.h): 8 bits, no offsets or halves, k a multiple of ROTATED */
+    int32_t rotated; /* not 0: rows are rotated (hadamard.h), so many numbers have the same scale; 8 bits, no offsets or
+                        halves, k a multiple of ROTATED */
     int32_t exact; /* compute with bfloat16 activations always: a row's bits do not depend on the other rows */
 };
 

@@ -318,7 +318,7 @@ static int product(const struct product *p) {
         plan.blocks = 2; /* one of the gate and one of what it is multiplied with */
     }
     plan.depth = round_up(p->k, TILE_DEPTH);
-    plan.group = plan.rotated ? rotated_group(plan.depth) : plan.depth;
+    plan.group = plan.rotated ? rotated_group(plan.depth, p->quantized.rotated) : plan.depth;
     plan.columns = (gated ? p->n / 2 : p->n) / LANES + ((gated ? p->n / 2 : p->n) % LANES != 0);
     int width = gated ? plan.blocks / 2 : plan.blocks;
     plan.panels = (plan.columns + width - 1) / width;

@@ -175,7 +175,7 @@ INLINE void load_rotated(const bf16 *x, vec *numbers) {
 
 /* A row in groups of many numbers, of which the largest gets the largest integer; every 32 numbers name the scale. */
 static void quantize_rotated(const struct quantizing *q, int64_t row) {
-    int64_t size = rotated_group(q->k);
+    int64_t size = rotated_group(q->k, q->rotated);
     float most = (float)(q->zero - 1), none = 0.0f;
     for (int64_t from = 0; from < q->k; from += size) {
         int64_t count = q->k - from < size ? q->k - from : size, place = row * q->k + from;
@@ -227,8 +227,8 @@ static void quantize_rows(void *argument, int thread, int threads) {
     }
 }
 
-/* x (n, k) quantized; rows are filled up with zeros. Without offsets (null): symmetric around `zero`. `rotated`: k is a
- * multiple of ROTATED, there are 8 bits, no offsets, and scales for each 32 numbers. */
+/* x (n, k) quantized; rows are filled up with zeros. Without offsets (null): symmetric around `zero`. `rotated`: so
+ * many numbers have the same scale; k is a multiple of ROTATED, there are 8 bits, no offsets, and scales for each 32. */
 void quartet_quantize(const uint16_t *x, int64_t n, int64_t k, int64_t stride, int32_t bits, int32_t group,
                       int32_t zero, int32_t rotated, uint8_t *numbers, float *scales, float *offsets, int32_t threads) {
     struct quantizing q = {.x = x, .n = n, .k = k, .stride = stride, .bits = bits, .group = group, .zero = zero};

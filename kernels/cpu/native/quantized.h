@@ -15,13 +15,13 @@
 #define LINE_NUMBERS 64
 #define SIGN 128 /* as a byte: its highest bit */
 #define ROTATED 128    /* numbers of a row that are rotated together (hadamard.h): k of a rotated weight is a multiple */
-#define MOST_GROUP 512 /* numbers of a rotated row that share a scale, a multiple of ROTATED */
+#define MOST_GROUP 512 /* numbers of a rotated row that share a scale */
 
 INLINE int64_t quantized_units(int64_t depth) { return depth / TILE_DEPTH; }
 
-/* How many numbers of a rotated row share a scale; the last group may have fewer. */
-INLINE int64_t rotated_group(int64_t depth) {
-    int64_t blocks = depth / ROTATED, most = MOST_GROUP / ROTATED, groups = (blocks + most - 1) / most;
+/* How many numbers of a rotated row share a scale, `most` at most; the last group may have fewer. */
+INLINE int64_t rotated_group(int64_t depth, int64_t most) {
+    int64_t blocks = depth / ROTATED, groups = (depth + most - 1) / most;
     return (blocks + groups - 1) / groups * ROTATED;
 }
 

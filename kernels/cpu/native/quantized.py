@@ -17,6 +17,7 @@ from quartet.kernels.cpu.native.structures import Quantized
 UNIT = 32  # numbers of a row that lie together in a block
 BITS = (4, 5, 6, 8)
 GROUP_SIZES = (16, 32)
+ROTATED_GROUPS = (256, 512)
 ROTATED_COLUMNS = 128  # are rotated together: a rotated weight has a multiple of them
 RowSource = Callable[[torch.Tensor], torch.Tensor]  # numbers of rows (count,) → (count, columns) bfloat16
 AT_ONCE = 4 << 20  # numbers that are quantized or put into blocks between two yield points
@@ -30,7 +31,7 @@ class Scheme:
     group_size: int  # numbers that share a scale, of GROUP_SIZES
     offsets: bool  # whether groups have offsets; else `zero_point` means 0
     zero_point: int = 0
-    rotated: bool = False  # rows are rotated, and groups of up to 512 numbers have the same scale, see hadamard.h
+    rotated: int = 0  # rows are rotated, and so many numbers (of ROTATED_GROUPS) have the same scale; 0: they are not
 
     def joined(self, other: "Scheme") -> "Scheme":
         """The smallest scheme that holds the values of both, as they are. It is rotated only if they are equal."""
@@ -53,7 +54,8 @@ class Scheme:
 
 
 INT8 = Scheme(8, UNIT, offsets=False, zero_point=128)
-ROTATED_INT8 = Scheme(8, UNIT, offsets=False, zero_point=128, rotated=True)
+ROTATED_INT8 = Scheme(8, UNIT, offsets=False, zero_point=128, rotated=512)
+FINE_ROTATED_INT8 = Scheme(8, UNIT, offsets=False, zero_point=128, rotated=256)
 INT4 = Scheme(4, UNIT, offsets=True)
 INT6 = Scheme(6, UNIT, offsets=False, zero_point=32)
 
@@ -227,7 +229,7 @@ def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedRows:
     native.check_matrix(weight)
     assert scheme.offsets or 1 < scheme.zero_point <= 1 << (scheme.bits - 1), scheme
     rows, columns = weight.shape
-    assert not scheme.rotated or columns % ROTATED_COLUMNS == 0, columns
+    assert not scheme.rotated or (scheme.rotated in ROTATED_GROUPS and columns % ROTATED_COLUMNS == 0), columns
     width = -(-columns // UNIT) * UNIT
     numbers = torch.empty(rows, width, dtype=torch.uint8)
     scales = torch.empty(rows, width // scheme.group_size)

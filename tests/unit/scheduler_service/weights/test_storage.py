@@ -7,7 +7,16 @@ import torch
 
 from quartet.kernels.cpu.linear import no_pause
 from quartet.kernels.cpu.native import build
-from quartet.kernels.cpu.native.quantized import INT4, INT6, INT8, ROTATED_INT8, QuantizedRows, Scheme, rounded
+from quartet.kernels.cpu.native.quantized import (
+    FINE_ROTATED_INT8,
+    INT4,
+    INT6,
+    INT8,
+    ROTATED_INT8,
+    QuantizedRows,
+    Scheme,
+    rounded,
+)
 from quartet.runtime.control import (
     CheckWeights,
     ReleaseMemory,
@@ -67,15 +76,16 @@ def test_int8_and_int4_keep_every_product_and_leave_norms_and_biases(tmp_path):
         assert weights.buffers["qkv"].is_meta and not weights.buffers["norm"].is_meta
 
 
-def test_int8_rotates_feed_forward_weights_that_have_whole_blocks(tmp_path):
+def test_int8_rotates_weights_that_have_whole_blocks_but_for_those_of_attention(tmp_path):
     directory = checkpoints.random_model(tmp_path, 0, hidden_size=128, intermediate_size=384)
     weights, plain = weights_of(directory, quantization="int8"), weights_of(directory)
     kept = {slab[0]: scheme for slab, scheme in weights.schemes.items()}
     assert kept["gate_up"] == kept["down"] == ROTATED_INT8
-    assert kept["qkv"] == kept["output"] == kept["embed"] == INT8
+    assert kept["embed"] == kept["lm_head"] == FINE_ROTATED_INT8
+    assert kept["qkv"] == kept["output"] == INT8
     assert schemes_in(recorded(weights.schemes)) == weights.schemes
     for name, place in weights.layout.places.items():
-        if place.buffer in ("gate_up", "down"):
+        if place.buffer in ("gate_up", "down", "embed", "lm_head"):
             values = plain.view(name).float()
             assert (weights.view(name).float() - values).norm() < 0.01 * values.norm()
 

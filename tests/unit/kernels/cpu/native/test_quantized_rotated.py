@@ -9,12 +9,21 @@ import torch.nn.functional as F
 from quartet.kernels.cpu.linear import no_pause
 from quartet.kernels.cpu.native import build, library
 from quartet.kernels.cpu.native.library import INSTRUCTION_SETS, Library
-from quartet.kernels.cpu.native.quantized import INT8, ROTATED_INT8, QuantizedWeight, Scheme, quantize, rounded
+from quartet.kernels.cpu.native.quantized import (
+    FINE_ROTATED_INT8,
+    INT8,
+    ROTATED_INT8,
+    QuantizedWeight,
+    Scheme,
+    quantize,
+    rounded,
+)
 
 pytestmark = pytest.mark.skipif(not build.is_possible(), reason="no compiler, or another kind of machine")
 
 ROTATED = 128  # numbers that are rotated together
-SHAPES = [(96, 128), (100, 896), (33, 640), (40, 4864)]  # groups of 128, 512 + 384, 384 + 256, 9 * 512 + 256
+SCHEMES = [ROTATED_INT8, FINE_ROTATED_INT8]
+SHAPES = [(96, 128), (100, 896), (33, 640), (40, 4864)]  # groups of 128; 512 + 384 or 3 * 256 + 128; ...
 ROWS = [1, 2, 3, 7, 8, 9, 16, 17, 31, 33, 64, 65, 130, 700]
 
 
@@ -34,46 +43,48 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
     return (x.double().reshape(-1, ROTATED) @ matrix / math.sqrt(ROTATED)).view(x.shape)
 
 
-def steps(x: torch.Tensor) -> torch.Tensor:
+def steps(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """What rounds each number of rotated rows: the largest of its group over 127."""
     blocks = x.shape[1] // ROTATED
-    groups = -(-blocks // 4)
+    groups = -(-x.shape[1] // scheme.rotated)
     size = -(-blocks // groups) * ROTATED
     parts = [part.abs().amax(1, keepdim=True).expand_as(part) / 127 for part in x.split(size, 1)]
     return torch.cat(parts, 1)
 
 
-def made(n: int, k: int) -> tuple[torch.Tensor, QuantizedWeight]:
+def made(n: int, k: int, scheme: Scheme = ROTATED_INT8) -> tuple[torch.Tensor, QuantizedWeight]:
     weight = (torch.randn(n, k) * 0.02).bfloat16()
-    quantized = QuantizedWeight(n, k, ROTATED_INT8)
-    quantized.write(0, quantize(weight, ROTATED_INT8), no_pause)
+    quantized = QuantizedWeight(n, k, scheme)
+    quantized.write(0, quantize(weight, scheme), no_pause)
     return weight, quantized
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_weight_stays_within_half_a_step_of_its_rotated_numbers(shape):
-    weight, quantized = made(*shape)
+def test_a_weight_stays_within_half_a_step_of_its_rotated_numbers(shape, scheme):
+    weight, quantized = made(*shape, scheme)
     values = quantized.values(0, shape[0])
     difference = (rotated(values) - rotated(weight)).abs()
     rounding = weight.float().abs().max() * 2**-8 * math.sqrt(ROTATED)  # of the values to bfloat16
-    assert bool((difference <= steps(rotated(weight)) * 0.51 + rounding).all())
+    assert bool((difference <= steps(rotated(weight), scheme) * 0.51 + rounding).all())
     error, plain = (values.double() - weight.double()).norm(), (rounded(weight, INT8).double() - weight.double()).norm()
     assert error < 1.7 * plain
     ids = torch.randint(0, shape[0], (9,))
     assert torch.equal(quantized.read(ids), values[ids])
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_product_differs_by_no_more_than_the_rounding_of_its_rows(kernels, shape):
+def test_a_product_differs_by_no_more_than_the_rounding_of_its_rows(kernels, shape, scheme):
     n, k = shape
-    _, quantized = made(n, k)
+    _, quantized = made(n, k, scheme)
     values = quantized.values(0, n).double()
     weights = rotated(values).abs()
     for rows in ROWS:
         x, out = torch.randn(rows, k).bfloat16(), torch.full((rows, n), torch.nan)
         x[:, :: k // 3] *= 20  # some numbers are much larger than the others, as in real models
         kernels.product(x, quantized.argument(exact=False), n, None, out, "float")
-        bound = (0.51 * steps(rotated(x))) @ weights.T + (x.double().abs() @ values.abs().T) * 2**-8
+        bound = (0.51 * steps(rotated(x), scheme)) @ weights.T + (x.double().abs() @ values.abs().T) * 2**-8
         assert bool(((out.double() - x.double() @ values.T).abs() <= bound).all()), rows
 
 
