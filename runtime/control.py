@@ -20,7 +20,7 @@ from quartet.runtime.adapters import (
 from quartet.runtime.command import ControlCommand as ControlCommand
 from quartet.runtime.limits import MAX_STEP_SLEEP_S
 from quartet.runtime.messages import Chat
-from quartet.runtime.names import Name
+from quartet.runtime.names import FilledName, Name
 from quartet.runtime.reply_shapes import (
     NULL,
     STATUS,
@@ -38,6 +38,7 @@ COMMAND_LOST = (
     "The scheduler was started again while the command was under way: whether it has taken effect is not known. "
     "See /get_model_info, and send it again."
 )
+OTHER_VERSION = "Weight version {} was expected, {} is served."
 ONLINE_FAILED = "Failed to update parameter online: {}."
 
 
@@ -208,7 +209,7 @@ class UpdateWeightVersion(ControlCommand, tag="update_weight_version", kw_only=T
 
     path = "/update_weight_version"
     reply = AsJson(("new_version", "num_aborted_requests"))
-    new_version: Name
+    new_version: FilledName
     abort_all_requests: bool = True  # clients rely on this default
 
     @property
@@ -302,6 +303,7 @@ class DecideChange(ControlCommand, tag="decide_change", kw_only=True):
 
     change: str  # id of the command
     reason: str = ""  # empty: swap
+    weight_version: str = ""  # which all serve then, those too whose own was another one
 
 
 class Probe(ControlCommand, tag="probe", kw_only=True):

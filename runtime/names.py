@@ -6,5 +6,6 @@ import msgspec
 
 from quartet.runtime.limits import MAX_NAME_CHARS
 
-AdapterName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+FilledName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+AdapterName = FilledName
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]

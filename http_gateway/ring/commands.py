@@ -90,7 +90,7 @@ class Commands:
     def _begin(self, command: ControlCommand, rank: int | None) -> UnansweredCommand:
         serial = next(self._serials)
         command.id = f"{os.getpid()}.{serial}"  # serials start again when the gateway restarts
-        ranks = self._schedulers.targets if rank is None else [rank]
+        ranks = self._schedulers.targets_of(command) if rank is None else [rank]
         if not command.for_schedulers:
             ranks = ranks[:1]
         command.waits_for_others = command.all_or_none and len(ranks) > 1
@@ -147,10 +147,10 @@ class Commands:
         if unanswered is not None:
             unanswered.prepared.add(prepared.rank)
             if unanswered.prepared.issuperset(unanswered.epochs):
-                self._decide(unanswered, "")
+                self._decide(unanswered, self._schedulers.conflict(unanswered.command))
         reason = self._decisions.get(prepared.id) if unanswered or prepared.id in self._decisions else NOBODY_WAITS
         if reason is not None:
-            self._send([DecideChange(change=prepared.id, reason=reason, rank=prepared.rank)])
+            self._tell(prepared.id, reason, [prepared.rank])
 
     def _decide(self, unanswered: UnansweredCommand, reason: str) -> None:
         """Decide on a change, once; all that wait for it hear so."""
@@ -162,7 +162,14 @@ class Commands:
             self._note_decided(unanswered)
         while len(self._decisions) > REMEMBERED_DECISIONS:
             self._decisions.popitem(last=False)
-        self._send([DecideChange(change=command.id, reason=reason, rank=rank) for rank in unanswered.waiting])
+        self._tell(command.id, reason, unanswered.waiting)
+
+    def _tell(self, change: str, reason: str, ranks: Sequence[int]) -> None:
+        """Send the decision on a change."""
+        decided = self._schedulers.decided
+        version = decided.served.weight_version if decided else ""
+        words = [DecideChange(change=change, reason=reason, weight_version=version, rank=rank) for rank in ranks]
+        self._send(words)
 
     # restarts
 

@@ -8,7 +8,7 @@ gateway that is started again. Only where there is none yet, at the start of the
 says what all must serve.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -99,10 +99,23 @@ class Decided(msgspec.Struct, frozen=True):
         """Those that requests may name."""
         return frozenset(name for name, _, _ in self.served.adapters)
 
-    def shown(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """`Facts.state` of one scheduler as clients may know it: of weights and adapters, only what was decided."""
+    def shown(self, state: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
+        """`Facts.state` of one scheduler as clients may know it: of weights and adapters, only what was decided.
+
+        An adapter that it lacks is there as long as one of the `others` has it; one that none has cannot be named.
+        """
         path, version = self.served.weights
         shown = {**state, "model_path": path, "weight_version": version}
-        if Served.of(state).adapters != self.served.adapters:
-            shown.pop("adapters", None)
+        if "adapters" in state:
+            shown["adapters"] = self._shown_adapters((state, *others))
         return shown
+
+    def _shown_adapters(self, states: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        wanted = {one[0]: one for one in self.served.adapters}
+        said = [one for state in states for one in state.get("adapters") or () if one["name"] in wanted]
+        said.sort(key=lambda one: (one["name"], one["path"], one["pinned"]) not in self.served.adapters)
+        found: dict[str, dict[str, Any]] = {}
+        for one in said:  # that which is to be replaced only where no other has its successor
+            name, path, pinned = wanted[one["name"]]
+            found.setdefault(name, {**one, "path": path, "pinned": pinned})
+        return list(found.values())

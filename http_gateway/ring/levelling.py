@@ -17,11 +17,14 @@ log = logging.getLogger(__name__)
 LEVEL_TIMEOUT_S = 600.0
 LOOK_AFTER_S = 1.0
 MOST_TRIES = 3  # further ones of a command that has changed nothing, within 14 s
+AGAIN_AFTER_S = 60.0  # where all has failed
 CANNOT = "Scheduler DP%d cannot serve what the others do: %s"
+NO_ANSWER = "it has not answered in time"
 NOTHING_CHANGED = "it has not changed what it serves"
 BEHIND = (
     "Scheduler DP%d serves version %s of the weights, the others %s, or not the same adapters; it gets no requests."
 )
+NEWER = "The weights of scheduler DP%d were rewritten on the disk since the others read them: update the weights."
 
 Run = Callable[[ControlCommand, float, int], Awaitable[Message]]  # a command, its time limit, the scheduler's rank
 
@@ -39,6 +42,8 @@ class Leveller:
         schedulers.on_change = self.look_soon
         self._said: dict[int, int] = {}  # rank → epoch
         self._under_way: dict[int, asyncio.Task[None]] = {}  # by rank
+        self._again: dict[int, asyncio.TimerHandle] = {}  # by rank, where all has failed
+        self._warned: dict[tuple[int, str], tuple[object, ...]] = {}  # rank and text → its last details
 
     def look_soon(self) -> None:
         """What all must serve has changed: look at each when those that live have told what they serve by now."""
@@ -58,52 +63,77 @@ class Leveller:
             task.add_done_callback(lambda _: self._done(rank, epoch))
 
     def _done(self, rank: int, epoch: int) -> None:
-        """Look again at a scheduler that was started again meanwhile: what it was given is lost."""
+        """Look again at a scheduler that was started again meanwhile: what it was given is lost. At others later."""
         del self._under_way[rank]
         one = self._schedulers.all[rank]
         if one.up and one.epoch != epoch:
+            self.look_at(rank)
+        elif self._schedulers.is_behind(rank):
+            self._look_later(rank)
+
+    def _look_later(self, rank: int) -> None:
+        """Nobody may say anything for long, and a file that could not be read may be there again."""
+        if (timer := self._again.pop(rank, None)) is not None:
+            timer.cancel()
+        self._again[rank] = asyncio.get_running_loop().call_later(AGAIN_AFTER_S, self._look_again, rank)
+
+    def _look_again(self, rank: int) -> None:
+        if self._schedulers.all[rank].up:
             self.look_at(rank)
 
     async def _level(self, rank: int) -> None:
         decided, own = self._schedulers.decided, self._schedulers.all[rank].served
         assert decided is not None, "known from the first facts on"
-        log.warning(BEHIND, rank, own.weight_version, decided.served.weight_version)
+        self._warn(rank, BEHIND, own.weight_version, decided.served.weight_version, level=logging.WARNING)
         if decided.is_rewritten(own):
-            log.error("Its weights were rewritten on the disk since the others read them: update the weights.")
+            self._warn(rank, NEWER)
             return
         tries = 0
-        while (command := self._missing(rank)) is not None:
-            needed = isinstance(command, UnloadAdapter) and self._uses(rank, command.lora_name)
-            if needed or self._schedulers.changes(rank):
+        while missing := self._missing(rank):
+            command = next((one for one in missing if not self._has_to_wait(rank, one)), None)
+            if command is None or self._schedulers.changes(rank):
                 await asyncio.sleep(LOOK_AFTER_S)  # meanwhile, what all must serve may change
                 continue
             wanted = msgspec.structs.replace(command)  # the command gets its number when it is sent
             try:
                 answer = await self._run(command, LEVEL_TIMEOUT_S, rank)
             except (RequestError, TimeoutError) as error:
-                log.error(CANNOT, rank, error)
+                self._warn(rank, CANNOT, str(error) or NO_ANSWER)
                 return
-            if self._missing(rank) != wanted:
+            if wanted not in self._missing(rank):
                 tries = 0
                 continue
             if tries == 0:
                 refusal = answer.message if isinstance(answer, Reply) and not answer.success else ""
-                log.error(CANNOT, rank, refusal or NOTHING_CHANGED)
+                self._warn(rank, CANNOT, refusal or NOTHING_CHANGED)
             if tries == MOST_TRIES:
                 return
             tries += 1  # an earlier command of its own may stand in the way, which the gateway before has sent
             await asyncio.sleep(LOOK_AFTER_S * 2**tries)
         self._say(rank)
 
-    def _missing(self, rank: int) -> ControlCommand | None:
-        """What brings a scheduler nearer to what all must serve now; None: it serves that."""
+    def _missing(self, rank: int) -> list[ControlCommand]:
+        """What brings a scheduler to what all must serve now; nothing: it serves that."""
         decided = self._schedulers.decided
         assert decided is not None
-        return next(decided.missing(self._schedulers.all[rank].served), None)
+        return list(decided.missing(self._schedulers.all[rank].served))
+
+    def _has_to_wait(self, rank: int, command: ControlCommand) -> bool:
+        """Whether requests use the adapter that is to be unloaded."""
+        return isinstance(command, UnloadAdapter) and self._uses(rank, command.lora_name)
+
+    def _warn(self, rank: int, problem: str, *details: object, level: int = logging.ERROR) -> None:
+        """Log a problem of a scheduler, once as long as it lasts."""
+        if self._warned.get((rank, problem)) != details:
+            self._warned[rank, problem] = details
+            log.log(level, problem, rank, *details)
 
     def _say(self, rank: int) -> None:
         """Log once for each incarnation that it gets requests."""
         one = self._schedulers.all[rank]
-        if self._schedulers.several and not self._schedulers.is_behind(rank) and self._said.get(rank) != one.epoch:
+        if self._schedulers.is_behind(rank):
+            return
+        self._warned = {about: details for about, details in self._warned.items() if about[0] != rank}
+        if self._schedulers.several and self._said.get(rank) != one.epoch:
             self._said[rank] = one.epoch
             log.info("The scheduler DP%d takes requests.", rank)

@@ -16,7 +16,7 @@ import msgspec
 from quartet.http_gateway.ring.decided import RECORD, Decided, Served
 from quartet.http_gateway.ring.prefix_memory import BLOCK_BYTES, PrefixMemory, PromptBlocks
 from quartet.runtime import records
-from quartet.runtime.control import ControlCommand
+from quartet.runtime.control import OTHER_VERSION, ControlCommand, UpdateWeightVersion, WeightChange
 from quartet.runtime.messages import SCHEDULER, Facts, Generate, title_of
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,23 @@ class Schedulers:
     def targets(self) -> list[int]:
         """The ranks that a command or a probe goes to: of those that live; where none does, of all."""
         return [one.rank for one in self.up or self.all]
+
+    def targets_of(self, command: ControlCommand) -> list[int]:
+        """The ranks that a command for all goes to.
+
+        No new version is given to weights that were rewritten, for they would pass for those of the others.
+        """
+        decided = self.decided
+        if decided is None or not isinstance(command, UpdateWeightVersion):
+            return self.targets
+        return [rank for rank in self.targets if not decided.is_rewritten(self.all[rank].served)] or self.targets
+
+    def conflict(self, command: ControlCommand) -> str:
+        """Why a change for which all are prepared must not be made: the weights have got another version meanwhile."""
+        if not (self.decided and isinstance(command, WeightChange)):
+            return ""
+        served, expected = self.decided.served.weight_version, command.expected_version
+        return "" if expected in (None, served) else OTHER_VERSION.format(expected, served)
 
     async def complete(self) -> None:
         """Return once all live, as commands that change something need it."""
@@ -203,7 +220,7 @@ class Schedulers:
             facts,
             max_total_num_tokens=min(other.max_total_num_tokens for other in known),
             max_req_input_len=min(other.max_req_input_len for other in known),
-            state=facts.state if self.decided is None else self.decided.shown(facts.state),
+            state=facts.state if self.decided is None else self.decided.shown(*(one.state for one in known)),
         )
 
     def forget_prefixes(self) -> None:

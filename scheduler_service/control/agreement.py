@@ -11,22 +11,26 @@ SAY_AGAIN_S = 1.0  # what was said, or its answer, may be lost with a process of
 NOT_ALL = 503  # status of a change that another scheduler did not make
 
 
-def agreed(context: Context, command: ControlCommand) -> Generator[None, bool | None, None]:
-    """Return once every scheduler is prepared for the change. Raises CommandRefused where one is not."""
+def agreed(context: Context, command: ControlCommand) -> Generator[None, bool | None, str]:
+    """Return once every scheduler is prepared for the change. Raises CommandRefused where one is not.
+
+    Returns the version that the weights of all have then; "" where there are no others.
+    """
     if not command.waits_for_others:
-        return
+        return ""
     said_at = -SAY_AGAIN_S
-    while (reason := context.decisions.of(command.id)) is None:
+    while (word := context.decisions.of(command.id)) is None:
         if context.now - said_at >= SAY_AGAIN_S:
             context.emit([Prepared(id=command.id)])
             said_at = context.now
         yield
-    if reason:
-        raise CommandRefused(reason, NOT_ALL)
+    if word.reason:
+        raise CommandRefused(word.reason, NOT_ALL)
+    return word.weight_version
 
 
 def decide(context: Context, command: DecideChange) -> list[Message]:
-    context.decisions.note(command.change, command.reason)
+    context.decisions.note(command)
     return []
 
 

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Protocol
 
-from quartet.runtime.control import ControlCommand
+from quartet.runtime.control import ControlCommand, DecideChange
 from quartet.runtime.messages import Message, Request
 from quartet.scheduler_service.core.planner import Planner
 
@@ -29,16 +29,16 @@ class Decisions:
     """The last decisions of the gateway, by the id of their command."""
 
     def __init__(self) -> None:
-        self._reasons: OrderedDict[str, str] = OrderedDict()  # empty: the change is to be made
+        self._words: OrderedDict[str, DecideChange] = OrderedDict()
 
-    def note(self, change: str, reason: str) -> None:
-        self._reasons[change] = reason
-        while len(self._reasons) > REMEMBERED_DECISIONS:
-            self._reasons.popitem(last=False)
+    def note(self, word: DecideChange) -> None:
+        self._words[word.change] = word
+        while len(self._words) > REMEMBERED_DECISIONS:
+            self._words.popitem(last=False)
 
-    def of(self, change: str) -> str | None:
-        """Why the change is not to be made; empty: it is; None: not yet known."""
-        return self._reasons.get(change)
+    def of(self, change: str) -> DecideChange | None:
+        """What was decided on a change; None: not yet known."""
+        return self._words.get(change)
 
 
 class ServingWorker(Protocol):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quartet.runtime.control import (
     ONLINE_FAILED,
+    OTHER_VERSION,
     BeginWeightUpdate,
     CheckWeights,
     ControlCommand,
@@ -96,7 +97,7 @@ def swap(
     """Put staged values in place, between two steps. Returns how many requests were paused meanwhile."""
     try:
         refuse_unless_expected(context, command)
-        yield from agreed(context, command)
+        of_all = yield from agreed(context, command)
     except CommandRefused:
         updates.drop_staged()
         raise
@@ -107,7 +108,7 @@ def swap(
         planner.retract_all()
         context.forget_released()
     paused_requests = len(planner.live) if planner.paused or command.retract else 0
-    version = command.weight_version or context.worker.weight_version
+    version = of_all or command.weight_version or context.worker.weight_version
     old = updates.swap(staged, version)
     context.worker.weight_version = version
     if getattr(command, "keep_pause", False):
@@ -127,7 +128,7 @@ def refuse_unless_expected(context: Context, command: WeightChange) -> None:
     """Refuse with status 409 if the client expects another weight version than the served one."""
     served = context.worker.weight_version
     if command.expected_version not in (None, served):
-        raise CommandRefused(f"Weight version {command.expected_version} was expected, {served} is served.", 409)
+        raise CommandRefused(OTHER_VERSION.format(command.expected_version, served), 409)
 
 
 def refuse_in_session(updates: "Updates") -> None:

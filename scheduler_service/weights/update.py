@@ -97,6 +97,7 @@ class Updates:
             model_dir=config.model_dir,
             weight_version=config.weight_version,
             load_format=config.load_format,
+            files=record.files_of(Path(config.model_dir)),
         )
         self._second: Weights | None = None
         self._record_lock = threading.Lock()

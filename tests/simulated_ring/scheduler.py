@@ -344,7 +344,7 @@ class SchedulerProcess(Process):
         elif command.model_path == BROKEN:
             raise CommandRefused("nothing was changed")
         try:
-            yield from agreed(scheduler, command)
+            of_all = yield from agreed(scheduler, command)
         except CommandRefused:
             if self.group is not None:
                 self.group.updates.drop_staged()
@@ -354,10 +354,11 @@ class SchedulerProcess(Process):
         if command.retract:
             scheduler.planner.retract_all()
             scheduler.forget_released()
+        version = of_all or command.weight_version or self.worker.weight_version
         if self.group is not None:
-            self.group.updates.swap(staged, command.weight_version or self.worker.weight_version)
+            self.group.updates.swap(staged, version)
         self.carried_out.append((self.key, self.epoch, command.id))
-        self.worker.weight_version = command.weight_version or self.worker.weight_version
+        self.worker.weight_version = version
         self.scheduler.model_path = command.model_path
         scheduler.planner.forget_prefixes(free=command.flush_cache)
         yield from self._beside()

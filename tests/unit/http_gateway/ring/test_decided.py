@@ -1,5 +1,7 @@
 """What all schedulers must serve is a function of the commands, and so is what brings a scheduler there."""
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -97,8 +99,22 @@ def test_of_what_one_says_clients_hear_what_was_decided() -> None:
     adapter = {"name": "a", "path": "/a", "version": "7", "rank": 8, "pinned": False, "loaded": True}
     state = {"model_path": "n", "weight_version": "v9", "paused": True, "adapters": [adapter]}
     assert FIRST.shown(state) == {"model_path": "m", "weight_version": "v0", "paused": True, "adapters": [adapter]}
-    weights = {"model_path": "m", "weight_version": "v0"}
-    assert FIRST.shown({**weights, "adapters": []}) == FIRST.shown({}) == weights
+    assert FIRST.shown({}) == {"model_path": "m", "weight_version": "v0"}
+
+
+def test_clients_hear_of_the_adapters_that_were_decided_as_far_as_any_scheduler_has_them() -> None:
+    def state(*adapters: tuple[str, str, bool]) -> dict[str, Any]:
+        entries = [{"name": name, "path": path, "pinned": pinned, "loaded": True} for name, path, pinned in adapters]
+        return {"adapters": entries}
+
+    def shown(*states: dict[str, Any]) -> list[tuple[str, str, bool]]:
+        return [(one["name"], one["path"], one["pinned"]) for one in decided.shown(*states)["adapters"]]
+
+    decided = after(LoadAdapter(lora_name="b", lora_path="/b", pinned=True))
+    assert shown(state(A, B)) == [A, B]
+    assert shown(state(("c", "/c", False)), state(B, A)) == [B, A]
+    assert shown(state(B), state(("c", "/c", False))) == [B]
+    assert shown(state(B), state(("a", "/old", False))) == [B, A], "one that is to be replaced can be named"
 
 
 def test_the_last_changes_are_remembered_whatever_they_change() -> None:

@@ -99,6 +99,62 @@ def test_a_command_that_an_earlier_one_stands_in_the_way_of_is_tried_again(monke
     assert asyncio.run(scenario(9)) == (1 + levelling.MOST_TRIES, True)
 
 
+def test_a_scheduler_that_could_not_be_levelled_is_looked_at_again_and_the_log_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(levelling, "LOOK_AFTER_S", 0.0)
+    monkeypatch.setattr(levelling, "AGAIN_AFTER_S", 0.0)
+
+    async def scenario(failure: Exception | None) -> None:
+        schedulers, tries = Schedulers(2), 0
+        caplog.clear()
+
+        async def run(command: ControlCommand, timeout_s: float, rank: int) -> Message:
+            nonlocal tries
+            tries += 1
+            if tries > 3 * (1 + levelling.MOST_TRIES):
+                return says(schedulers, facts(1, adapters=[ADAPTER]))
+            if failure is not None:
+                raise failure
+            return Reply(id=command.id, rank=1, success=False, message="it cannot be read")
+
+        leveller = Leveller(schedulers, run)
+        for told in (facts(0, adapters=[ADAPTER]), facts(1)):
+            schedulers.note_facts(told, told)
+            leveller.look_at(told.rank)
+        while schedulers.is_behind(1):
+            await asyncio.sleep(0)
+        reason = "it cannot be read" if failure is None else levelling.NO_ANSWER
+        assert [message for message in caplog.messages if "DP1" in message] == [
+            levelling.BEHIND % (1, "v0", "v0"),
+            levelling.CANNOT % (1, reason),
+        ]
+
+    asyncio.run(asyncio.wait_for(scenario(None), 60))
+    asyncio.run(asyncio.wait_for(scenario(TimeoutError()), 60))
+
+
+def test_what_is_missing_is_loaded_while_requests_use_what_is_to_be_unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levelling, "LOOK_AFTER_S", 0.0)
+    left = ADAPTER | {"name": "left", "path": "/left"}
+
+    async def scenario() -> None:
+        schedulers = Schedulers(2)
+
+        async def run(command: ControlCommand, timeout_s: float, rank: int) -> Message:
+            assert isinstance(command, LoadAdapter) and command.lora_name == "a"
+            return says(schedulers, facts(1, adapters=[ADAPTER, left]))
+
+        leveller = Leveller(schedulers, run, lambda rank, adapter: adapter == "left")
+        for told in (facts(0, adapters=[ADAPTER]), facts(1, adapters=[left])):
+            schedulers.note_facts(told, told)
+            leveller.look_at(told.rank)
+        while len(schedulers.serving()) < 2:
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
 def test_a_scheduler_that_is_started_again_while_it_is_levelled_is_levelled_again() -> None:
     async def scenario() -> list[str]:
         schedulers, given, restarted = Schedulers(2), list[str](), asyncio.Event()

@@ -236,6 +236,76 @@ async def test_a_change_is_made_when_all_are_prepared() -> None:
 
 
 @asynchronous
+async def test_an_adapter_that_all_have_loaded_may_be_named_though_none_can_read_another_one_any_more() -> None:
+    async with fleet() as ring:
+        shown: list[Any] = []
+        ring.client.on_facts = lambda facts: shown.append(facts.state["adapters"])
+        ring.client.schedulers.decide(LoadAdapter(lora_name="lost", lora_path="/lost"))
+        ring.client.schedulers.decide(LoadAdapter(lora_name="a", lora_path="/a"))
+        await ring.say(*(facts(rank, adapters=[ADAPTER]) for rank in (0, 1)))
+        assert shown[-1] == [ADAPTER]
+
+
+@asynchronous
+async def test_an_update_without_a_version_gives_all_the_version_that_was_decided() -> None:
+    async with fleet() as ring:
+        await ring.say(facts(1, version="v0-rewritten"))
+        task = asyncio.create_task(ring.client.command(UpdateWeightsFromDisk(model_path="m"), 10))
+        await settle()
+        id = ring.sent(UpdateWeightsFromDisk)[0].id
+        await ring.say(Prepared(id=id, rank=0), Prepared(id=id, rank=1))
+        assert {(word.rank, word.reason, word.weight_version) for word in ring.sent(DecideChange)} == {
+            (0, "", "v0"),
+            (1, "", "v0"),
+        }
+        task.cancel()
+
+
+@asynchronous
+async def test_a_change_of_a_version_that_was_renamed_meanwhile_is_not_made() -> None:
+    async with fleet() as ring:
+        update = UpdateWeightsFromDisk(model_path="n", weight_version="v1", expected_version="v0")
+        task = asyncio.create_task(ring.client.command(update, 10))
+        await settle()
+        id = ring.sent(UpdateWeightsFromDisk)[0].id
+        await ring.say(Prepared(id=id, rank=0))
+        rename = asyncio.create_task(ring.client.command(UpdateWeightVersion(new_version="v9"), 10))
+        await settle()
+        await ring.say(Prepared(id=id, rank=1))
+        conflict = "Weight version v0 was expected, v9 is served."
+        assert decisions(ring) == {(0, conflict), (1, conflict)}
+        decided = ring.client.schedulers.decided
+        assert decided is not None and decided.served.weights == ("m", "v9")
+        for waiting in (task, rename):
+            waiting.cancel()
+
+
+@asynchronous
+async def test_weights_that_were_rewritten_do_not_get_the_name_of_the_others() -> None:
+    async with fleet() as ring:
+        await ring.say(facts(1, version="v0-rewritten"))
+        task = asyncio.create_task(ring.client.command(UpdateWeightVersion(new_version="v1"), 10))
+        await settle()
+        [rename] = ring.sent(UpdateWeightVersion)
+        assert rename.rank == 0
+        await ring.say(facts(0, version="v1"), Reply(id=rename.id, rank=0))
+        await task
+        assert ring.client.schedulers.is_behind(1)
+        ring.client.open([asked("a", 1)])
+        assert ring.generates[-1][:2] == ("a", 0)
+
+
+@asynchronous
+async def test_where_the_weights_of_all_were_rewritten_a_new_name_is_for_all() -> None:
+    async with fleet() as ring:
+        await ring.say(*(facts(rank, version="v0-rewritten") for rank in (0, 1)))
+        task = asyncio.create_task(ring.client.command(UpdateWeightVersion(new_version="v1"), 10))
+        await settle()
+        assert [rename.rank for rename in ring.sent(UpdateWeightVersion)] == [0, 1]
+        task.cancel()
+
+
+@asynchronous
 async def test_a_refusal_by_one_is_one_for_all_with_its_own_reason() -> None:
     async with fleet() as ring:
         task, id = await updating(ring)
@@ -347,11 +417,11 @@ async def test_a_scheduler_that_comes_back_gets_the_adapters_that_were_decided_a
         await ring.say(facts(1, epoch=1, adapters=[kept]), Reply(id=unload.id, rank=1))
         [load] = ring.sent(LoadAdapter)
         assert (load.lora_name, load.lora_path, load.rank, load.waits_for_others) == ("late", "/late", 1, False)
-        assert shown == [None, None]
+        assert shown == [[kept, late], [kept, late]], "the other one has it"
         ring.client.open([asked("a", 1)])
         assert ring.generates[-1][:2] == ("a", 0)
         await ring.say(facts(1, epoch=1, adapters=[kept, late]), Reply(id=load.id, rank=1))
-        assert shown == [None, None, [kept, late]]
+        assert shown == [[kept, late]] * 3
         ring.client.open([asked("b", 1)])
         assert ring.generates[-1][:2] == ("b", 1)
 

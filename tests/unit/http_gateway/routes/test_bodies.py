@@ -265,6 +265,11 @@ def test_names_that_come_back_in_answers_have_a_bound(kind, fields, name):
         msgspec.convert(fields | {name: "x" * (MAX_NAME_CHARS + 1)}, kind)
 
 
+def test_weights_have_a_version():
+    with pytest.raises(msgspec.ValidationError, match=r"length >= 1 - at `\$\.new_version`"):
+        msgspec.convert({"new_version": ""}, UpdateWeightVersion)
+
+
 LARGE_BODIES = {
     "/generate": ("text", {}),
     "/v1/completions": ("prompt", {}),

@@ -66,6 +66,15 @@ def test_prepared_weights_wait_for_the_decision_and_say_so_once_a_second(
     assert live.worker.weight_version == "B"
 
 
+def test_an_update_without_a_version_gets_the_one_that_all_serve_then(live: Live, tmp_path: Path) -> None:
+    live.worker.weight_version = "A-rewritten"
+    checkpoints.random_model(tmp_path / "b", 1)
+    id = live.begin(UpdateWeightsFromDisk(model_path=str(tmp_path / "b"), waits_for_others=True))
+    live.send(DecideChange(change=id, weight_version="A"))
+    assert live.wait(id).success
+    assert live.worker.weight_version == live.updates.committed.weight_version == "A"
+
+
 def test_a_change_that_not_all_make_is_refused_and_leaves_what_serves(
     live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -317,6 +317,16 @@ def test_a_directory_rewritten_since_its_update_is_served_under_another_version_
     assert (restored.model_dir, restored.weight_version) == (str(versions[1]), "B-rewritten")
 
 
+def test_a_rewritten_directory_is_noticed_behind_a_restart_and_a_new_label_too(
+    versions: tuple[Path, Path], tmp_path: Path
+) -> None:
+    again = Live(versions[0], tmp_path, model_dir=str(versions[0]), weight_version="A")  # nothing was updated since
+    assert again.call(UpdateWeightVersion(new_version="A2")).success
+    os.utime(versions[0] / "model.safetensors", ns=(1, 1))
+    restored = record.restored(resolved(model_path=str(versions[0])), str(tmp_path))
+    assert restored.weight_version == "A2-rewritten"
+
+
 def test_a_checkpoint_that_is_gone_is_named_and_nothing_else_is_served_in_its_place(
     live: Live, versions: tuple[Path, Path], tmp_path: Path
 ) -> None:
