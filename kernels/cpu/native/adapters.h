@@ -252,7 +252,7 @@ INLINE void shrink_tile(const struct added *added, const struct job *jobs) {
         }
 }
 
-/* Two blocks of columns of a tile of rows; `second` may be the same block. */
+/* Two blocks of columns of a tile of rows. Tiles 2 and 3 stay as they are: integer_tiles.h has sums in them meanwhile. */
 INLINE void expand_tile(const struct added *added, int64_t tile, const int64_t *blocks, int64_t ahead, float *sums,
                         int64_t stride) {
     int64_t bytes = stride * 4;

@@ -46,7 +46,7 @@ INLINE vec rotate_lanes(vec x) {
 
 #define ROTATION_SCALE 0.08838834764831845f /* 1 / sqrt(ROTATED) */
 
-/* ROTATED numbers times sqrt(ROTATED). Every instruction set adds in the same order, so the bits are the same. */
+/* ROTATED numbers rotated, times sqrt(ROTATED). Every instruction set adds in the same order, so the bits are the same. */
 INLINE void rotate_unscaled(vec *x) {
 #pragma GCC unroll 8
     for (int i = 0; i < ROTATED_VECS; i++)

@@ -6,11 +6,12 @@
  *
  * Few rows: the weight is read once, in order, and reading it is what takes the time. Many rows: blocks of ROW_BLOCK
  * rows, which stay in the second cache while the weight passes; k longer than DEPTH_BLOCK is cut into pieces for the same
- * reason, and these into steps for the first cache, with the sums kept in memory. Each number of a result is summed in one order, however many rows
- * there are: a row has the same bits alone and among others.
+ * reason, and these into steps for the first cache, with the sums kept in memory. Each number of a result is summed in
+ * one order, however many rows there are: a row has the same bits alone and among others.
  *
  * A quantized weight (quantized.h) is expanded panel by panel to the same form, in memory that stays in the second cache;
- * from there on all is alike. Few rows are multiplied as integers (integers.h), unless `exact` forbids it.
+ * from there on all is alike. Unless `exact` forbids it, few rows are multiplied as integers (integers.h), and with AMX more
+ * rows too where the weight is rotated (integer_tiles.h).
  */
 #pragma once
 
@@ -174,8 +175,6 @@ static void compute_block(void *argument, int thread, int threads) {
 #if defined(__AMX_BF16__)
     unsigned state = _mm_getcsr();
     _mm_setcsr(state | 0x8040); /* as tiles do: numbers too small to be normal are zeros */
-#endif
-#if defined(__AMX_BF16__)
     if (plan->integer_tiles)
         for (int64_t row = thread; row < plan->padded_rows; row += threads)
             prepare_integer_tiles(plan, block->first, row);
