@@ -114,6 +114,7 @@ def test_commands_are_answered_and_strangers_forwarded(process: Process) -> None
     assert isinstance(process.receive(), Facts)
     stranger = Reply(id="s", message="not mine")
     process.send(stranger, FlushCache(id="f"), Probe(id="p"))
+    assert isinstance(process.receive(), Facts), "what it serves is said in front of every reply"
     assert process.receive() == stranger
     assert isinstance(reply := process.receive(), Reply) and (reply.id, reply.status) == ("f", 200)
     assert isinstance(probe := process.receive(), Probe)
