@@ -9,7 +9,7 @@ from quartet.kernels.cpu.experts import Experts, ExpertsArgument
 from quartet.kernels.cpu.linear import Linear, no_pause
 from quartet.kernels.cpu.native import build, library
 from quartet.kernels.cpu.native.library import INSTRUCTION_SETS, Library
-from quartet.kernels.cpu.native.quantized import INT4, INT8, QuantizedWeight, Scheme, quantize
+from quartet.kernels.cpu.native.quantized import INT4, INT8, ROTATED_INT8, QuantizedWeight, Scheme, quantize
 from quartet.kernels.reference import layers as reference
 
 pytestmark = pytest.mark.skipif(not build.is_possible(), reason="no compiler, or another kind of machine")
@@ -151,6 +151,28 @@ def test_quantized_experts_that_keep_order_give_a_row_the_same_bits_in_any_compa
         some = rows[first:last].clone()
         argument.add(kernels, some)
         assert torch.equal(some, whole[first:last]), (first, last)
+
+
+@pytest.mark.parametrize("keeps_order", [False, True])
+def test_experts_with_rotated_weights_add_what_plain_ones_add(kernels, monkeypatch, keeps_order):
+    for name, size in (("HIDDEN", 256), ("SIZE", 384), ("SHARED", 128)):  # whole rotated blocks
+        monkeypatch.setitem(globals(), name, size)
+    plain = mixture()
+    assert plain.shared is not None
+
+    def rotated(layer: Linear) -> Linear:
+        made = quantized(layer, ROTATED_INT8)
+        made.keeps_order = keeps_order
+        return made
+
+    gate_up, down = [rotated(layer) for layer in plain.gate_up], [rotated(layer) for layer in plain.down]
+    shared = rotated(plain.shared[0]), rotated(plain.shared[1])
+    for rows in (1, 5, 33, 200):
+        x = torch.randn(rows, HIDDEN).bfloat16()
+        expected, out = x.clone(), x.clone()
+        ExpertsArgument(plain).add(kernels, expected)
+        ExpertsArgument(replace(plain, gate_up=gate_up, down=down, shared=shared)).add(kernels, out)
+        assert (out - expected).float().norm() < 0.03 * (expected - x).float().norm(), rows
 
 
 def test_experts_that_keep_order_from_now_on_are_described_anew(kernels):
