@@ -297,7 +297,8 @@ def test_streams_go_on_when_a_rank_stops_for_longer_than_the_watchdog_waits(quan
     stopped.suspend()
     wait_for_return(quantized, "scheduler")
     assert [stream.answers() for stream in streams] == before
-    assert "has not moved for 10 s" in quantized.log  # as the flag says, or as none of its threads runs
+    reasons = ("has not moved for 10 s", "was stopped for 10 s")  # the launcher and rank 0 both watch it
+    assert any(reason in quantized.log for reason in reasons), quantized.log
     assert not stopped.is_running() and rank(quantized, 1).is_running()
 
 
