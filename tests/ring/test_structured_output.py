@@ -249,17 +249,17 @@ def test_a_structural_tag_in_its_current_form_is_followed(server: Server) -> Non
 @pytest.mark.parametrize(
     ("fields", "texts"),
     [
-        ({"guided_choice": ["red", "green"]}, {"red", "green"}),
-        ({"guided_regex": "(yes|no)!"}, {"yes!", "no!"}),
-        ({"guided_json": {"const": 7}}, {"7"}),
-        ({"guided_grammar": 'root ::= "a" | "b"'}, {"a", "b"}),
-        ({"structured_outputs": {"choice": ["x y", 'q"']}}, {"x y", 'q"'}),
-        ({"response_format": {"type": "structural_tag", "format": {"type": "const_string", "value": "Hm"}}}, {"Hm"}),
+        ({"guided_choice": ["red", "green"]}, ("red", "green")),
+        ({"guided_regex": "(yes|no)!"}, ("yes!", "no!")),
+        ({"guided_json": {"const": 7}}, ("7",)),
+        ({"guided_grammar": 'root ::= "a" | "b"'}, ("a", "b")),
+        ({"structured_outputs": {"choice": ["x y", 'q"']}}, ("x y", 'q"')),
+        ({"response_format": {"type": "structural_tag", "format": {"type": "const_string", "value": "Hm"}}}, ("Hm",)),
     ],
     ids=str,
 )
 def test_the_names_of_other_servers_are_understood_on_chat_and_completions(
-    server: Server, fields: dict[str, Any], texts: set[str]
+    server: Server, fields: dict[str, Any], texts: tuple[str, ...]
 ) -> None:
     chat = {"model": "demo", "messages": [{"role": "user", "content": "Say it."}], "max_tokens": 60, **fields}
     answer = requests.post(f"{server.url}/v1/chat/completions", json=chat, timeout=WAIT_S).json()

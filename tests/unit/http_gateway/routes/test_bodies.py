@@ -70,7 +70,8 @@ def test_a_command_is_not_carried_out_on_everything_for_want_of_a_letter() -> No
 
 
 @pytest.mark.parametrize(
-    "kind", {e.body for e in ENDPOINTS if e.body is not None and not issubclass(e.body, ControlCommand)}
+    "kind",
+    dict.fromkeys(e.body for e in ENDPOINTS if e.body is not None and not issubclass(e.body, ControlCommand)),
 )
 def test_fields_of_other_servers_are_no_misspellings(kind: type) -> None:
     bodies.refuse_misspelt([name for name in FOREIGN.split() if name not in bodies.names_of(kind)], kind)
