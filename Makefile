@@ -17,6 +17,9 @@ INSTALL = $(BIN)/python deploy/install.py --gpu "$(GPU)" --torch-index "$(TORCH_
 # A stamp for each way to install: an install is repeated only when what it depends on has changed.
 STAMP := $(VENV)/.installed$(if $(filter-out auto,$(GPU)),-gpu-$(GPU))
 
+# Files of tests go to as many processes as there are cores, four at most: a test of whole servers takes about 2 GB.
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 .PHONY: serve install test check numbers real-models format clean
 .DEFAULT_GOAL := serve
 
@@ -26,21 +29,21 @@ serve: $(STAMP)
 install: $(STAMP)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not real_models"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not real_models"
 
 real-models: $(VENV)/.installed-test
 	$(BIN)/python -m tests.real_models || echo "real models: not all could be fetched, tests of the others are skipped"
 	$(BIN)/python -m pytest -m real_models -rs --durations=10 tests/model tests/ring
 
 numbers: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow and not gpu" tests/unit/kernels tests/unit/scheduler_service/model/test_deterministic.py \
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" tests/unit/kernels tests/unit/scheduler_service/model/test_deterministic.py \
 		tests/model/test_parity.py
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not gpu" tests/unit tests/simulated_ring tests/test_architecture.py
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" tests/unit tests/simulated_ring tests/test_architecture.py
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
