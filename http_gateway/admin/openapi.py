@@ -1,7 +1,7 @@
 """GET /openapi.json and /docs: the API described by its own types, and a page that shows it with the network off."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def document(described: Sequence[Endpoint]) -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "Quartet", "version": version()},
-        "paths": dict(paths(described, schemas, components)),
+        "paths": paths(described, schemas, components),
         "components": {
             "schemas": components,
             "securitySchemes": {
@@ -89,17 +89,17 @@ def forget_ring_fields(schema: Schema) -> None:
     schema["required"] = [name for name in schema.get("required", ()) if name not in OF_THE_RING]
 
 
-def paths(
-    described: Sequence[Endpoint], schemas: dict[Any, Schema], components: Schema
-) -> Iterator[tuple[str, Schema]]:
+def paths(described: Sequence[Endpoint], schemas: dict[Any, Schema], components: Schema) -> dict[str, Schema]:
     """The `paths` object: one entry for each path, one operation for each of its methods."""
+    found: dict[str, Schema] = {}
     for endpoint in described:
         operations = {
             method.lower(): operation(endpoint, method, schemas, components)
             for method in endpoint.methods
             if method != "HEAD"
         }
-        yield endpoint.path.replace(":path}", "}"), operations
+        found.setdefault(endpoint.path.replace(":path}", "}"), {}).update(operations)
+    return found
 
 
 def operation(endpoint: Endpoint, method: str, schemas: dict[Any, Schema], components: Schema) -> Schema:

@@ -41,6 +41,8 @@ CUSTOM = (None, "custom")  # types of the client's own tools
 # of the prompt would be found in the cache.
 BILLING = "x-anthropic-billing-header:"
 ERROR_PREFIX = "Error: "  # of a tool result with is_error: chat templates have no field for it
+# The error by which this API's clients learn that they have to send the whole conversation.
+NO_THREADS = "thread_unsupported_request"
 PART_CHARS = 1 << 18  # of a text that are encoded at once: about a millisecond
 MOST_OPENED = 64  # members of a list or an object that is encoded member by member
 
@@ -70,11 +72,16 @@ def conversation(body: ConversationBody) -> ChatBody:
     """The same without the sampling parameters: what makes the prompt."""
     if body.mcp_servers:
         raise RequestError("mcp_servers is not supported: this server runs no tools.", field="mcp_servers")
+    if body.thread is not None:
+        raise RequestError(
+            "thread is not supported: the server keeps no conversations of this API; send all messages without it.",
+            field="thread",
+            code=NO_THREADS,
+        )
     check_end(body)
     choice = body.tool_choice
-    demanded = choice is not None and choice.type in ("any", "tool")  # the whole output is calls: no text has a format
     output = body.output_config or OutputConfig()
-    form = None if demanded else format_of(body)
+    form = format_of(body)
     return ChatBody(
         model=body.model,
         messages=messages_of(body),

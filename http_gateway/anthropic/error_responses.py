@@ -7,7 +7,8 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Scope
 
-from quartet.http_gateway.anthropic.types import ErrorAnswer, ErrorDetail
+from quartet.http_gateway.anthropic.conversation import NO_THREADS
+from quartet.http_gateway.anthropic.types import ErrorAnswer, ErrorCode, ErrorDetail
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.sse import Event, StreamFormat
 from quartet.http_gateway.routes.middleware import given_request_id
@@ -69,7 +70,8 @@ def error_body(error: RequestError, request: str) -> ErrorAnswer:
     """The body of an error response. `request`: the request id."""
     long = error.code == "context_length_exceeded" and error.field in ("prompt", "messages")
     message = TOO_LONG.format(error.message) if long else error.message
-    return ErrorAnswer(error=ErrorDetail(TYPES[error.kind.status], message), request_id=request)
+    details = ErrorCode(NO_THREADS, ["thread"]) if error.code == NO_THREADS else None
+    return ErrorAnswer(error=ErrorDetail(TYPES[error.kind.status], message, details), request_id=request)
 
 
 def shape(scope: Scope) -> errors.Shape:

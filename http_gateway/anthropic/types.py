@@ -121,6 +121,7 @@ class ConversationBody(msgspec.Struct, kw_only=True):
     output_format: OutputFormat | None = None  # what output_config.format was before
     cache_control: Any = None  # ignored, here and in blocks: every prefix is cached
     mcp_servers: list[Any] | None = None  # refused
+    thread: Any = None  # refused
 
 
 class MessagesBody(ConversationBody, kw_only=True):
@@ -191,9 +192,17 @@ class ModelPage(msgspec.Struct, kw_only=True):
     last_id: str | None = None
 
 
-class ErrorDetail(msgspec.Struct):
+class ErrorCode(msgspec.Struct):
+    """What clients act upon, where the message is for people."""
+
+    error_code: str
+    unsupported: list[str]  # fields of the request
+
+
+class ErrorDetail(msgspec.Struct, omit_defaults=True):
     type: str
     message: str
+    details: ErrorCode | None = None
 
 
 class ErrorAnswer(msgspec.Struct, kw_only=True):

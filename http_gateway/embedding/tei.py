@@ -4,6 +4,7 @@
 /similarity   how near each sentence is to a first one, as the cosine of their vectors
 /predict      the labels of a classifier, best first
 /rerank       with `texts` in place of `documents`, see rerank.py; /embed_all and /embed_sparse: see vectors.py
+/             one of /embed, /predict and /rerank, as the model is: clients that know the server's address only
 """
 
 import asyncio
@@ -13,10 +14,12 @@ from typing import Any
 import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from quartet.http_gateway.embedding.embeddings import NO_LABELS, probabilities
 from quartet.http_gateway.embedding.encode import NOT_A_CROSS_ENCODER, embed, embed_request, numbers, rendered
 from quartet.http_gateway.embedding.prompts import Prompted, choose_vectors, prefix_of
+from quartet.http_gateway.embedding.rerank import ranking
 from quartet.http_gateway.generation.intake import Job, fan_out
 from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.http_gateway.http import errors
@@ -176,8 +179,18 @@ def predict_prompts(body: PredictBody, gateway: Gateway) -> tuple[list[Generate]
     return prompts, single
 
 
+async def answer_by_model(gateway: Gateway, http: HTTPRequest) -> ASGIApp:
+    """What this model is for: vectors, labels, or the order of texts."""
+    embedding = check_embeds(gateway)
+    if embedding.cross_encoder and embedding.labels == 1:
+        return await rank(gateway, http)
+    return await (predict if embedding.labels else embed_texts)(gateway, http)
+
+
+rank = ranking(with_documents=True)
 SHAPE = errors.with_client_names(errors.native, {"input_ids": "inputs", "text": "inputs"})
 ENDPOINTS = [
+    Endpoint("/", answer_by_model, ("POST",), shape=SHAPE, body=EmbedBody),
     Endpoint("/embed", embed_texts, ("POST",), shape=SHAPE, body=EmbedBody),
     Endpoint("/similarity", similarity, ("POST",), shape=SHAPE, body=SimilarityBody),
     Endpoint("/predict", predict, ("POST",), shape=SHAPE, body=PredictBody),

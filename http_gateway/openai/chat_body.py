@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, Literal
 
+import msgspec
+
 from quartet.http_gateway.generation.intake import NO_BUDGET
 from quartet.http_gateway.native.generate_body import TWO_BUDGETS, pack_prompt_ids, placeholder_request
 from quartet.http_gateway.openai.chat_turn import Turn
@@ -41,6 +43,7 @@ class Choosing:
     grammar: tuple[str, str] | None = None  # of the calls that are demanded, or of those that must be strict
     format: CallFormat | None = None  # how the calls are written
     untagged: bool = False  # they may come without their tags
+    demanded: bool = False  # calls are the whole output: the format of a message means nothing
 
 
 def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
@@ -65,10 +68,10 @@ def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
         raise RequestError(NO_SUCH_TOOL.format(short(name)), field="tool_choice")
     parallel = body.parallel_tool_calls is not False
     if own is not None and (grammar := tool_calls.demanded_calls(own, tools, name, parallel)) is not None:
-        return Choosing(tools, grammar, replace(own, alone=True))
+        return Choosing(tools, grammar, replace(own, alone=True), demanded=True)
     schema = tool_calls.calls_schema(tools, name, parallel)
-    demanded = replace(REQUIRED, new_id=own.new_id) if own else REQUIRED
-    return Choosing(tools, ("json_schema", schema), demanded)
+    form = replace(REQUIRED, new_id=own.new_id) if own else REQUIRED
+    return Choosing(tools, ("json_schema", schema), form, demanded=True)
 
 
 def offered(body: ChatBody) -> tuple[Sequence[Tool], Literal["none", "auto", "required"] | NamedTool | None]:
@@ -125,6 +128,8 @@ def chat_params(gateway: Gateway, body: ChatBody, choice: Choosing) -> SamplingP
         fixed["skip_special_tokens"] = False  # whatever the client says: its calls must be read
     if (budget := thinking_budget(body)) is not None:
         fixed["thinking_budget"] = budget
+    if choice.demanded:
+        body = msgspec.structs.replace(body, response_format=None)
     return params_of(gateway, body, fixed, fallback, choice.grammar)
 
 

@@ -52,7 +52,7 @@ def chat_body(body: ResponsesBody, earlier: Sequence[dict[str, Any]] = ()) -> Ch
         temperature=body.temperature,
         top_p=body.top_p,
         stream=body.stream,
-        response_format=body.text.format if body.text and not demands_call(choice) else None,
+        response_format=body.text.format if body.text else None,
         tools=tools or None,
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls,
@@ -61,11 +61,6 @@ def chat_body(body: ResponsesBody, earlier: Sequence[dict[str, Any]] = ()) -> Ch
         max_thinking_tokens=body.max_thinking_tokens,
         truncate=True if body.truncation == "auto" else None,
     )
-
-
-def demands_call(choice: Any) -> bool:
-    """Whether this `tool_choice` makes calls the whole output. The format of a message means nothing there."""
-    return choice == "required" or isinstance(choice, NamedTool)
 
 
 def check_include(values: list[str] | tuple[str, ...]) -> None:

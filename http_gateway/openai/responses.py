@@ -8,6 +8,7 @@ from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.sse import EventStream
 from quartet.http_gateway.native.generate import check_servable
 from quartet.http_gateway.openai.background_responses import begin
+from quartet.http_gateway.openai.item_references import with_items
 from quartet.http_gateway.openai.response_call import ResponseCall, ResponseStream
 from quartet.http_gateway.openai.response_history import earlier_items
 from quartet.http_gateway.openai.response_types import ResponsesBody
@@ -21,6 +22,7 @@ async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStre
     require_json(http)
     body = await bodies.read_json_body(http, ResponsesBody)
     check_servable(gateway, http)
+    body = await with_items(gateway, http, body)
     earlier = await earlier_items(gateway, http, body.previous_response_id)
     call = await convert_body(http, ResponseCall, gateway, body, earlier)
     if body.background:

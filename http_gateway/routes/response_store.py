@@ -12,7 +12,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +27,7 @@ FORMAT = 1  # of the file, as its user_version
 BUSY_TIMEOUT_S = 2.0  # that another server on the same file is waited for
 MOST_WAITING_S = 10.0  # for the operations before
 BUSY = "The store of responses is busy."
+PREVIOUS = "previous_response_id"  # field of a request
 
 Result = TypeVar("Result")
 
@@ -118,16 +119,24 @@ class ResponseStore:
             chain = database.execute(CHAIN, (response_id, most_bytes)).fetchall()
             size = sum(link[2] for link in chain)
             if size > most_bytes:
-                raise RequestError(
-                    f"The conversation of the previous response has {size} bytes, more than the limit of {most_bytes} "
-                    "bytes (--max-body-size).",
-                    Kind.TOO_LARGE,
-                    "previous_response_id",
-                )
+                raise too_many_bytes("The conversation of the previous response has", size, most_bytes, PREVIOUS)
             if not chain or chain[0][1] is not None:
                 return None
             self._use(database, [link[0] for link in chain])
             found = [self._read(database, link[0]) for link in chain]
+            return [stored for stored in found if stored is not None]
+
+    def several(self, response_ids: Sequence[str], most_bytes: int) -> list[StoredResponse]:
+        """Those of the responses that are kept. Raises RequestError (413) where they have more than `most_bytes`."""
+        with self._transaction() as database:
+            size = 0
+            for one in response_ids:
+                row = database.execute("SELECT size FROM responses WHERE id = ?", (one,)).fetchone()
+                size += row[0] if row else 0
+            if size > most_bytes:
+                raise too_many_bytes("The responses whose items are referred to have", size, most_bytes, "input")
+            self._use(database, response_ids)
+            found = [self._read(database, one) for one in response_ids]
             return [stored for stored in found if stored is not None]
 
     def delete(self, response_id: str) -> bool:
@@ -139,7 +148,7 @@ class ResponseStore:
         with self._lock:
             self._database.close()
 
-    def _use(self, database: sqlite3.Connection, ids: list[str]) -> None:
+    def _use(self, database: sqlite3.Connection, ids: Sequence[str]) -> None:
         now = self._now()
         database.executemany("UPDATE responses SET used_at = ? WHERE id = ?", [(now, one) for one in ids])
 
@@ -162,6 +171,12 @@ class ResponseStore:
             finally:
                 with suppress(sqlite3.Error):  # it has failed before
                     self._database.rollback()
+
+
+def too_many_bytes(what: str, size: int, most: int, field: str) -> RequestError:
+    return RequestError(
+        f"{what} {size} bytes, more than the limit of {most} bytes (--max-body-size).", Kind.TOO_LARGE, field
+    )
 
 
 def opened(path: str) -> sqlite3.Connection:

@@ -144,6 +144,33 @@ def test_a_tool_result_is_sent_back(client: anthropic.Anthropic) -> None:
     assert ask(client, turns, tools=TOOLS).content[0].type == "text"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_runner_sends_the_whole_conversation(client: anthropic.Anthropic, stream: bool) -> None:
+    """It asks for a thread first, in which its next turns would have the new messages only."""
+    sunny: list[bool] = []
+
+    @anthropic.beta_tool
+    def note(is_sunny: bool) -> str:
+        """Notes the weather."""
+        sunny.append(is_sunny)
+        return "noted"
+
+    runner: Any = client.beta.messages.tool_runner(
+        model="demo",
+        messages=QUESTION,
+        max_tokens=200,
+        tools=[note],
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+        max_iterations=2,
+        stream=stream,
+        extra_body=GREEDY,
+    )
+    turns = [turn.get_final_message() if stream else turn for turn in runner]
+    assert [turn.stop_reason for turn in turns] == ["tool_use", "tool_use"] and len(sunny) == 2
+    first, second = (turn.usage.input_tokens + turn.usage.cache_read_input_tokens for turn in turns)
+    assert second > first  # the question, the call and its result
+
+
 # thinking and structure
 
 

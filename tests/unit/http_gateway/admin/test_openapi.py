@@ -20,8 +20,11 @@ def test_every_route_is_described_with_a_body_where_it_takes_one() -> None:
     paths = openapi.document(ENDPOINTS)["paths"]
     for endpoint in ENDPOINTS:
         operations = paths[endpoint.path.replace(":path}", "}")]
-        assert operations.keys() == {method.lower() for method in endpoint.methods if method != "HEAD"}
-        for method, operation in operations.items():
+        own = {method.lower() for method in endpoint.methods if method != "HEAD"}
+        others = {method.lower() for one in ENDPOINTS if one.path == endpoint.path for method in one.methods}
+        assert own <= operations.keys() <= others
+        for method in own:
+            operation = operations[method]
             assert operation["summary"] and "400" in operation["responses"]
             assert ("requestBody" in operation) == (endpoint.body is not None and method != "get"), endpoint.path
 

@@ -161,13 +161,6 @@ def test_a_block_in_a_message_of_the_wrong_role_is_refused(role: str, block: dic
     )
 
 
-def test_the_format_of_text_means_nothing_where_a_call_is_demanded() -> None:
-    form = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
-    for choice, kept in (({"type": "any"}, False), ({"type": "tool", "name": "weather"}, False), (None, True)):
-        body = chat(tools=[TOOL], tool_choice=choice, output_config=form)
-        assert (body.response_format is not None) is kept
-
-
 @pytest.mark.parametrize("before", [[], [{"type": "text", "text": "I look."}]])
 def test_a_final_tool_call_cannot_be_continued(before: list[Any]) -> None:
     call = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
@@ -204,6 +197,14 @@ def test_server_tools_and_tools_without_a_schema_are_refused(tool: dict[str, Any
 def test_mcp_servers_are_refused() -> None:
     assert "mcp_servers" in refusal(mcp_servers=[{"name": "x"}]).message
     assert chat(mcp_servers=[]).tools is None
+
+
+@pytest.mark.parametrize("thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}])
+def test_threads_are_refused(thread: dict[str, str]) -> None:
+    """The messages of a thread that goes on are without those before: nothing may be answered to them alone."""
+    refused = refusal(thread=thread)
+    assert (refused.field, refused.code) == ("thread", "thread_unsupported_request")
+    assert chat(thread=None).messages == HI
 
 
 @pytest.mark.parametrize(
@@ -276,8 +277,6 @@ def test_output_format_is_another_name_for_the_format_of_output_config() -> None
         assert body.response_format.json_schema.schema_ == SCHEMA
     other = {"format": {"type": "json_schema", "schema": {"type": "array"}}}
     assert refusal(output_format=form, output_config=other).field == "output_format"
-    demanded = chat(tools=[TOOL], tool_choice={"type": "any"}, output_format=form)
-    assert demanded.response_format is None
 
 
 def test_sampling_parameters_are_passed_on() -> None:

@@ -76,6 +76,19 @@ async def test_a_bad_field_of_messages_is_a_400_that_names_it(more: dict[str, An
         assert (status, kind) == (400, "invalid_request_error") and expected in message
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@asynchronous
+async def test_a_client_learns_from_the_code_that_there_are_no_threads(stream: bool) -> None:
+    async with served(says("x")) as server:
+        answer = await server.client.post(PATH, {**BODY, "stream": stream, "thread": {"type": "create"}})
+        status, kind, message = error_of(answer)
+        assert (status, kind) == (400, "invalid_request_error") and message.startswith("thread is not supported")
+        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        assert answer.json()["error"]["details"] == details
+        other = (await server.client.post(PATH, {**BODY, "messages": []})).json()["error"]
+        assert other.keys() == {"type", "message"}
+
+
 @pytest.mark.parametrize(
     ("finish", "status", "kind", "expected"),
     [

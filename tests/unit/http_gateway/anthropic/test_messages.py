@@ -44,6 +44,20 @@ def events_of(answer: Answer) -> list[Any]:
 # whole
 
 
+@pytest.mark.parametrize("name", ["output_config", "output_format"])
+@asynchronous
+async def test_a_demanded_call_has_the_form_of_its_arguments_not_of_a_text(name: str) -> None:
+    form: dict[str, Any] = {"type": "json_schema", "schema": {"type": "object"}}
+    fields = {"output_format": form} if name == "output_format" else {"output_config": {"format": form}}
+    async with served(says(CALL), tool_call_parser="hermes") as server:
+        for choice in ({"type": "any"}, {"type": "tool", "name": "f"}):
+            message_of(await server.client.post(PATH, {**BODY, **fields, "tools": [TOOL], "tool_choice": choice}))
+            generate = server.ring.sent[-1]
+            assert isinstance(generate, Generate)
+            params = generate.request.params
+            assert params.call_grammar is not None and not params.json_schema
+
+
 @asynchronous
 async def test_a_message_has_content_usage_and_stop_reason() -> None:
     async with served(says("Par", "is.", prompt_tokens=30, cached_tokens=16)) as server:

@@ -48,6 +48,22 @@ async def test_embed_answers_a_list_of_vectors(inputs: Any, expected: list[list[
 
 
 @asynchronous
+async def test_the_address_alone_answers_as_the_model_is() -> None:
+    async with served(vector_of, is_embedding=True) as server:
+        assert (await server.client.post("/", {"inputs": ["a"]})).json() == [[1.0, 0.0]]
+        assert (await server.client.get("/")).headers["content-type"].startswith("text/html")
+    async with served(two_labels, is_embedding=True, embedding=CLASSIFIER) as server:
+        answer = await server.client.post("/", {"inputs": "a"})
+        assert answer.json() == (await server.client.post("/predict", {"inputs": "a"})).json()
+    async with served(score_of, is_embedding=True, embedding=CROSS_ENCODER) as server:
+        asked = {"query": "q", "texts": ["b", "bbb"], "raw_scores": True}
+        assert [entry["index"] for entry in (await server.client.post("/", asked)).json()] == [1, 0]
+    async with served() as server:
+        answer = await server.client.post("/", {"inputs": "a"})
+        assert answer.status == 400 and "--is-embedding" in answer.text
+
+
+@asynchronous
 async def test_embed_may_leave_vectors_as_they_are() -> None:
     async with served(vector_of, is_embedding=True) as server:
         await server.client.post("/embed", {"inputs": "a", "normalize": False})

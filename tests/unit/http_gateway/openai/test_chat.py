@@ -326,6 +326,22 @@ async def test_allowed_tools_are_all_that_the_model_sees_and_may_call() -> None:
         assert [call["properties"]["name"]["const"] for call in schema["items"]["anyOf"]] == ["weather"]
 
 
+@pytest.mark.parametrize("kind", ["json_schema", "json_object"])
+@asynchronous
+async def test_a_demanded_call_has_the_form_of_its_arguments_not_of_a_message(kind: str) -> None:
+    """Agents that are to answer in a form send it with every turn, those that must call a tool included."""
+    form = {"type": kind, "json_schema": {"name": "answer", "schema": {"type": "object"}}}
+    for choice in ("required", {"type": "function", "function": {"name": "other"}}, allowed("required", "other")):
+        async with served(says('[{"name": "other", ', '"parameters": {"a": 1}}]')) as server:
+            asked = {"tools": [WEATHER, OTHER], "response_format": form}
+            [told] = (await ask(server, **asked, tool_choice=choice))["choices"]
+            assert told["message"]["tool_calls"][0]["function"]["name"] == "other"
+            assert "parameters" in (generate_of(server).request.params.json_schema or "")
+            server.ring.sent.clear()
+            await ask(server, **asked, tool_choice="auto")
+            assert json.loads(generate_of(server).request.params.json_schema or "") == {"type": "object"}
+
+
 @asynchronous
 async def test_calls_one_at_a_time() -> None:
     async with served(says("[]")) as server:

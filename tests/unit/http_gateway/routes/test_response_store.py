@@ -63,6 +63,18 @@ def test_a_conversation_that_is_too_long_is_refused(tmp_path: Path) -> None:
     assert (error.value.kind.status, error.value.field) == (413, "previous_response_id")
 
 
+def test_several_responses_are_read_at_once_and_used(tmp_path: Path) -> None:
+    store = store_in(tmp_path, most_bytes=1000)
+    store.put("a", None, response("a", 400))
+    store.put("b", None, response("b", 400))
+    assert store.several(["a", "none"], 500) == [response("a", 400)] and store.several([], 0) == []
+    with pytest.raises(RequestError) as error:
+        store.several(["a", "b"], 500)
+    assert (error.value.kind.status, error.value.field) == (413, "input")
+    store.put("c", None, response("c", 400))
+    assert store.get("a") is not None and store.get("b") is None
+
+
 def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
     store = store_in(tmp_path, most_bytes=1000)
     for name in "abc":
