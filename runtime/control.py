@@ -20,7 +20,7 @@ from quartet.runtime.adapters import (
 from quartet.runtime.command import ControlCommand as ControlCommand
 from quartet.runtime.limits import MAX_STEP_SLEEP_S
 from quartet.runtime.messages import Chat
-from quartet.runtime.names import FilledName, Name
+from quartet.runtime.names import Digits, FilePart, FilledName, Name
 from quartet.runtime.reply_shapes import (
     NULL,
     STATUS,
@@ -58,6 +58,7 @@ class FlushCache(ControlCommand, tag="flush_cache", kw_only=True):
     """Clear the prefix cache once no request runs or waits; wait up to `timeout` seconds for that."""
 
     path = "/flush_cache"
+    aliases = ("/reset_prefix_cache",)  # as clients of vLLM call it
     methods = ("GET", "POST")
     reply = AsText(refusal_is_text=True)
     timeout: Annotated[float, msgspec.Meta(ge=0)] = 0.0
@@ -282,12 +283,17 @@ class StartProfile(ControlCommand, tag="start_profile", kw_only=True):
     methods = ("GET", "POST")
     reply = TEXT
     output_dir: Name | None = None  # default: SGLANG_TORCH_PROFILER_DIR, else the directory for temporary files
-    num_steps: int | None = None
+    num_steps: int | Digits | None = None
     activities: list[Name] | None = None  # CPU, GPU; default: both where there is a GPU
     with_stack: bool | None = None
     record_shapes: bool | None = None
-    start_step: int | None = None  # refused
-    profile_by_stage: bool | None = None  # refused
+    profile_prefix: FilePart | None = None  # the file's name begins with it
+    profile_id: FilePart | None = None  # stands in the file's name in place of the time
+    # refused
+    start_step: int | Digits | None = None
+    profile_by_stage: bool | None = None
+    profile_stages: list[Name] | None = None
+    merge_profiles: bool | None = None
 
 
 class StopProfile(ControlCommand, tag="stop_profile", kw_only=True):

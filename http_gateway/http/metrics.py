@@ -160,6 +160,7 @@ class Metrics:
         self._generation_tokens = self._counter("generation_tokens_total", "Output tokens of finished requests.")
         self._cached_tokens = self._counter("cached_tokens_total", "Prompt tokens found in the prefix cache.")
         self._requests = self._counter("num_requests_total", "Finished requests.")
+        self._constrained = self._counter("num_so_requests_total", "Finished requests for structured output.")
         self._aborted = self._counter("num_aborted_requests_total", "Aborted requests.")
         self._adapters = AdapterCounters(model_name, self._registry)
         self._first_token = self._histogram("time_to_first_token_seconds", "Time to first token.", LATENCY_BUCKETS)
@@ -208,6 +209,7 @@ class Metrics:
 
     def _count_finished(self, entry: JournalEntry, text: Text, now: float) -> None:
         self._requests.inc()
+        self._constrained.inc(entry.request.params.grammar is not None)
         self._aborted.inc(text.tokens.finish is not None and text.tokens.finish.reason == "abort")
         self._prompt_tokens.inc(entry.prompt_tokens)
         self._cached_tokens.inc(entry.cached_tokens)

@@ -56,6 +56,9 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     store: bool | None = None  # for later requests; as long as nobody says no
     previous_response_id: str | None = None  # of a stored response, whose conversation goes on
     background: bool | None = None  # nobody waits for it: its client asks for it by its id
+    # how clients that measure get outputs of one length
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
     # refused
     conversation: Any = None
     prompt: Any = None

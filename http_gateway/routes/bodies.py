@@ -61,14 +61,20 @@ def other_names_of(kind: type) -> Mapping[str, str]:
 
 
 def refuse_other_names(given: Mapping[str, Any], kind: type) -> None:
-    """Raise FieldRefused for the first field of another API that asks for something."""
+    """Raise FieldRefused for the first field of another API that asks for something.
+
+    One that stands there under its name here too, with the same value, is what clients of several servers send.
+    """
     others = other_names_of(kind)
     for name in sorted(others.keys() & given.keys()):
-        value = given[name]
-        if isinstance(value, msgspec.Raw):
-            value = msgspec.json.decode(value)
-        if other_names.asks(name, value):
+        value = decoded(given[name])
+        said = {other_names.use(own): own for own in given.keys() & names_of(kind)}.get(others[name])
+        if other_names.asks(name, value) and (said is None or decoded(given[said]) != value):
             raise FieldRefused(OF_ANOTHER_API.format(name, others[name]), field=name)
+
+
+def decoded(value: Any) -> Any:
+    return msgspec.json.decode(value) if isinstance(value, msgspec.Raw) else value
 
 
 def refuse_misspelt(given: Iterable[str], kind: type) -> None:

@@ -6,6 +6,7 @@ A recording ends by /stop_profile, or after a number of steps: its size grows wi
 import logging
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -32,10 +33,10 @@ def start(context: Context, command: StartProfile) -> list[Message]:
     """Start recording with the next step."""
     if context.profile is not None:
         raise CommandRefused(RUNNING)
-    for field in ("start_step", "profile_by_stage"):
+    for field in ("start_step", "profile_by_stage", "profile_stages", "merge_profiles"):
         if getattr(command, field):
             raise CommandRefused(f"{field} is not supported.")
-    steps = MAX_PROFILE_STEPS if command.num_steps is None else command.num_steps
+    steps = MAX_PROFILE_STEPS if command.num_steps is None else int(command.num_steps)
     if not 1 <= steps <= MAX_PROFILE_STEPS:
         raise CommandRefused(f"num_steps must be in [1, {MAX_PROFILE_STEPS}], got {steps}.")
     recorder = profile(
@@ -43,7 +44,9 @@ def start(context: Context, command: StartProfile) -> list[Message]:
         record_shapes=bool(command.record_shapes),
         with_stack=bool(command.with_stack),
     )
-    context.profile = Profile(directory(command.output_dir), steps, recorder)
+    names = [command.profile_prefix, command.profile_id or f"{time.time():.3f}"]
+    file = directory(command.output_dir) / "-".join([*filter(None, names), "TP-0.trace.json.gz"])
+    context.profile = Profile(file, steps, recorder)
     log.info("Profiling starts; it ends after %d steps at the latest.", steps)
     return [Reply(id=command.id, message=STARTED)]
 

@@ -1,7 +1,6 @@
 """A recording of steps by torch's profiler."""
 
 import logging
-import time
 from pathlib import Path
 
 from torch.profiler import profile
@@ -12,8 +11,8 @@ log = logging.getLogger(__name__)
 class Profile:
     """A recording under way."""
 
-    def __init__(self, directory: Path, steps: int, recorder: profile) -> None:
-        self._directory = directory
+    def __init__(self, file: Path, steps: int, recorder: profile) -> None:
+        self._file = file
         self._steps = steps  # left
         self._recorder = recorder
         recorder.start()
@@ -29,10 +28,9 @@ class Profile:
     def write(self) -> None:
         """End the recording, and write it as a trace that browsers show. The steps wait meanwhile."""
         self._recorder.stop()
-        file = self._directory / f"{time.time():.3f}-TP-0.trace.json.gz"
         try:
-            self._recorder.export_chrome_trace(str(file))
+            self._recorder.export_chrome_trace(str(self._file))
         except (OSError, RuntimeError) as error:  # torch has its own for files
-            log.error("The profile could not be written to %s: %s", file, error)
+            log.error("The profile could not be written to %s: %s", self._file, error)
             return
-        log.info("Wrote the profile to %s", file)
+        log.info("Wrote the profile to %s", self._file)

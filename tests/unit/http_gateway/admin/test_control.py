@@ -40,6 +40,13 @@ async def test_flush_cache_answers_exactly_the_message_of_the_scheduler(method: 
         assert (answer.status, answer.text) == (status, reply.message)
 
 
+@asynchronous
+async def test_the_path_by_which_vllm_clients_clear_the_prefix_cache() -> None:
+    async with served() as server:
+        assert (await server.client.post("/reset_prefix_cache")).status == 200
+        assert await server.ring.sent_of(FlushCache)
+
+
 @pytest.mark.parametrize("path", [path for path, command in control.routes().items() if command is not Abort])
 @asynchronous
 async def test_every_command_reports_a_refusal_once(path: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from quartet.http_gateway.http.metrics import Metrics
 from quartet.runtime.messages import ROLES, Finish, Generate, Message
 from quartet.runtime.sockets import newest_epoch, point_stable_path
-from tests.unit.http_gateway.harness import asynchronous, never_again, served, step
+from tests.unit.http_gateway.harness import asynchronous, never_again, served, step, words
 
 
 @asynchronous
@@ -70,6 +70,17 @@ async def test_a_time_in_the_queue_counts_once_for_each_request() -> None:
     assert found[f"sglang:queue_time_seconds_count{{{labels}}}"] == 2
     assert found[f'sglang:queue_time_seconds_bucket{{le="0.01",{labels}}}'] == 0
     assert found[f'sglang:queue_time_seconds_bucket{{le="0.05",{labels}}}'] == 2
+
+
+@asynchronous
+async def test_requests_for_structured_output_are_counted_beside_all() -> None:
+    async with served(words("a")) as server:
+        await server.client.post("/generate", {"text": "x", "sampling_params": {"regex": "a"}})
+        await server.client.post("/generate", {"text": "x"})
+        found = samples((await server.client.get("/metrics")).body)
+    labels = 'model_name="qwen/qwen2.5-0.5b-instruct"'
+    assert found[f"sglang:num_so_requests_total{{{labels}}}"] == 1
+    assert found[f"sglang:num_requests_total{{{labels}}}"] == 2
 
 
 @asynchronous

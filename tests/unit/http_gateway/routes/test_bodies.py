@@ -18,6 +18,7 @@ from quartet.http_gateway.routes.endpoint import LARGE_BODY
 from quartet.runtime.control import ControlCommand, ReleaseMemory, UpdateWeightVersion
 from quartet.runtime.errors import RequestError
 from quartet.runtime.limits import MAX_NAME_CHARS
+from quartet.runtime.messages import Generate
 from quartet.runtime.sampling import SamplingParams
 from tests.unit.http_gateway.harness import asynchronous, served
 from tests.unit.http_gateway.openai_scripts import says
@@ -164,7 +165,7 @@ ROUTES: dict[str, dict[str, Any]] = {
         ("/v1/chat/completions", "function_call", {"name": "f"}, "use `tool_choice`"),
         ("/v1/responses", "max_tokens", 5, "use `max_output_tokens`"),
         ("/v1/responses", "seed", 5, "/v1/chat/completions has it, this endpoint has not"),
-        ("/v1/messages", "max_new_tokens", 5, "use `max_tokens`"),
+        ("/v1/messages", "max_new_tokens", 6, "use `max_tokens`"),
         ("/v1/messages", "stop", ["x"], "use `stop_sequences`"),
         ("/v1/messages", "min_p", 0.5, "/v1/chat/completions has it, this endpoint has not"),
     ],
@@ -187,6 +188,27 @@ async def test_a_parameter_that_an_api_lacks_may_have_its_default(path: str) -> 
     async with served(says("x")) as server:
         spelt_out = {"n": 1, "frequency_penalty": 0, "repetition_penalty": 1.0, "ignore_eos": False}
         assert (await server.client.post(path, {**ROUTES[path], **spelt_out})).status == 200
+
+
+@asynchronous
+async def test_a_limit_under_two_names_is_one_limit() -> None:
+    async with served(says("x")) as server:
+        measured = {"prompt": "a", "max_tokens": 5, "stop": None, "ignore_eos": True}
+        assert (await server.client.post("/v1/completions", {**measured, "max_completion_tokens": 5})).status == 200
+        [generate] = await server.ring.sent_of(Generate)
+        assert generate.request.params.max_new_tokens == 5
+        refused = await server.client.post("/v1/completions", {**measured, "max_completion_tokens": 6})
+        assert (refused.status, refused.json()["param"]) == (400, "max_completion_tokens")
+
+
+@asynchronous
+async def test_outputs_of_one_length_for_clients_of_responses_that_measure() -> None:
+    async with served(says("x")) as server:
+        body = {"input": "a", "max_output_tokens": 5, "min_tokens": 4, "stop": None, "ignore_eos": True}
+        assert (await server.client.post("/v1/responses", body)).status == 200
+        [generate] = await server.ring.sent_of(Generate)
+        params = generate.request.params
+        assert (params.max_new_tokens, params.min_new_tokens, params.ignore_eos) == (5, 4, True)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -4,6 +4,7 @@ import gzip
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from quartet.runtime.control import StartProfile, StopProfile
@@ -48,14 +49,37 @@ def test_a_profile_of_some_steps_ends_by_itself(tmp_path: Path, monkeypatch: pyt
     assert rig.scheduler.profile is None and len(traces(tmp_path)) == 1
 
 
+def test_the_body_of_a_profiling_client_with_numbers_as_text(tmp_path: Path) -> None:
+    body = {
+        "output_dir": str(tmp_path), "num_steps": "1", "activities": ["CPU", "GPU"], "profile_by_stage": False,
+        "merge_profiles": False, "profile_prefix": "evening", "profile_id": "run-7",
+    }  # fmt: skip
+    rig = Rig()
+    assert answer(rig, msgspec.convert(body | {"id": "1"}, StartProfile)).success
+    rig.inbox.put(tokenized("a", range(5), 6))
+    rig.scheduler.step()
+    assert [file.name for file in traces(tmp_path)] == ["evening-run-7-TP-0.trace.json.gz"]
+
+
+@pytest.mark.parametrize("field", ["profile_prefix", "profile_id"])
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "a" * 101])
+def test_a_part_of_a_file_name_leads_out_of_no_directory(field: str, name: str) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"id": "1", field: name}, StartProfile)
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
         ({"num_steps": 0}, "num_steps"),
+        ({"num_steps": "0"}, "num_steps"),
         ({"num_steps": MAX_PROFILE_STEPS + 1}, "num_steps"),
         ({"activities": ["MEM"]}, "activities"),
         ({"start_step": 3}, "start_step"),
+        ({"start_step": "3"}, "start_step"),
         ({"profile_by_stage": True}, "profile_by_stage"),
+        ({"profile_stages": ["decode"]}, "profile_stages"),
+        ({"merge_profiles": True}, "merge_profiles"),
         ({"output_dir": "/dev/null/x"}, "output_dir"),
     ],
 )
