@@ -166,6 +166,9 @@ class ServerConfig(KvTierConfig, frozen=True, kw_only=True):
         ReasoningParser | None,
         flag("how the model marks its thought; auto: as its chat template says; none: it stays in the text", HTTP),
     ] = "auto"
+    leave_out_hosted_tools: Annotated[
+        bool, flag("on /v1/responses, leave out hosted tools (web_search, …) beside functions, not answer 400", HTTP)
+    ] = False
     enable_cache_report: Annotated[bool, flag("say in the usage of /v1 answers how much was cached", HTTP)] = False
 
     max_running_requests: Annotated[Positive | None, flag("requests in one batch (default: 256)", SCHEDULER)] = None

@@ -100,6 +100,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     return_prompt_ids: bool = False
     return_routed_experts: bool = False
     routed_experts_start_len: int = 0  # first position whose experts are wanted
+    clips_output: bool = False  # a limit of output that exceeds the context is lowered, not refused
     truncate: int | None = None  # tokens of the prompt at most: a longer one is cut, where others would be refused
     truncate_side: Literal["left", "right"] = "right"  # what is cut off
     dimensions: int | None = None  # embed: cut to this many and normalise again

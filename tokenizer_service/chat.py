@@ -19,8 +19,8 @@ from quartet.runtime.errors import RequestError, StartupError, too_long
 from quartet.runtime.messages import Chat
 from quartet.runtime.model_files.chat_templates import template_dir, template_sources
 from quartet.runtime.model_files.model_info import ModelInfo, read_json
-from quartet.tokenizer_service import call_ids
-from quartet.tokenizer_service.sandbox import ChatEnvironment, TextTooLong
+from quartet.tokenizer_service import call_ids, turns
+from quartet.tokenizer_service.sandbox import ChatEnvironment, ConversationRefused, TextTooLong
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class ChatTemplate:
         max_chars = limits.TEMPLATE_CHARS_PER_CONTEXT_TOKEN * self._context_length
         self._environment.meter.start(limits.template_cpu_s(len(messages)), max_chars)
         try:
-            prompt = self._compiled[name].render(variables)
+            prompt = self._prompt(name, variables)
         except TextTooLong as error:
             raise too_long(TOO_LONG.format(error, self._context_length), "messages") from error
         except Exception as error:  # template code may raise anything; all of it is this request's fault
@@ -91,6 +91,17 @@ class ChatTemplate:
                 f"the chat template failed: {error or type(error).__name__}", field="messages"
             ) from error
         return prompt if final is None else _cut(prompt, final)
+
+    def _prompt(self, name: str, variables: Mapping[str, Any]) -> str:
+        """The prompt; in turns, where the template refuses the conversation as it stands. Both have one budget."""
+        template = self._compiled[name]
+        try:
+            return template.render(variables)
+        except ConversationRefused:
+            messages = turns.in_turns(variables["messages"])
+            if messages == variables["messages"]:
+                raise
+            return template.render({**variables, "messages": messages})
 
     def _check_count(self, chat: Chat) -> None:
         """Refuse more messages than the context has tokens, before time is spent on them."""

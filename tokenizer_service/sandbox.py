@@ -42,6 +42,10 @@ class TextTooLong(TemplateError):
     """A render made a text of more characters than it may."""
 
 
+class ConversationRefused(TemplateError):
+    """The template's own code refuses the conversation."""
+
+
 class Meter(threading.local):
     """What is left of one render's budget. Raises TemplateError once it is spent."""
 
@@ -155,7 +159,7 @@ def _check_braces(text: str) -> None:
 
 
 def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+    raise ConversationRefused(message)
 
 
 def _strftime_now(pattern: str) -> str:

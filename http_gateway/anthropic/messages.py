@@ -51,9 +51,12 @@ class MessageCall:
     def __init__(self, gateway: Gateway, body: MessagesBody) -> None:
         self._body = body
         self._gateway = gateway
-        self.chat = ChatCall(gateway, chat_body(body, thinks=gateway.config.reasoning_parser is not None))
+        chat = chat_body(body, thinks=gateway.config.reasoning_parser is not None)
+        chat.max_tokens = min(body.max_tokens, gateway.facts.context_length)
+        self.chat = ChatCall(gateway, chat)
         [self._choice] = self.chat.choices
         for item in self.chat.job.requests:
+            item.request.clips_output = True  # the API has a reason for an output that the context has ended
             if (thought := item.request.thought) is not None:  # agents send a budget to every model
                 item.request.thought = msgspec.structs.replace(thought, limited=False)
         self._id = self.chat.id

@@ -105,7 +105,11 @@ async def begin(gateway: Gateway, http: HTTPRequest, call: ResponseCall) -> Resp
     background = BackgroundResponse(gateway, call, http.scope.get(CALL))
     first = background.response()
     gateway.background.add(call.id, BackgroundRun(background.response, background.generate(group), background.end))
-    return errors.json_response(first) if background.events is None else follow(http, background.events)
+    return (
+        errors.json_response(first, headers=call.headers)
+        if background.events is None
+        else follow(http, background.events)
+    )
 
 
 async def opened(gateway: Gateway, call: ResponseCall) -> RequestGroup:

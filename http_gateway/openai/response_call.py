@@ -24,6 +24,7 @@ from quartet.http_gateway.openai.response_items import (
     OutputItems,
     last_status,
 )
+from quartet.http_gateway.openai.response_tools import offered
 from quartet.http_gateway.openai.response_types import ReasoningOptions, ResponsesBody, TextFormat
 from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes.gateway import Gateway
@@ -45,8 +46,10 @@ class ResponseCall:
 
     def __init__(self, gateway: Gateway, body: ResponsesBody, earlier: Sequence[dict[str, Any]]) -> None:
         """`earlier`: the items of the conversation before this call."""
-        self.chat = ChatCall(gateway, chat_body(body, earlier))
-        self.output = OutputItems(self.chat.id.removeprefix(PREFIX))
+        self._tools = offered(body, gateway.config.leave_out_hosted_tools)
+        self.headers = self._tools.headers()
+        self.chat = ChatCall(gateway, chat_body(body, self._tools, earlier))
+        self.output = OutputItems(self.chat.id.removeprefix(PREFIX), self._tools.full_names)
         self.store = gateway.stored_responses
         self.stored = body.store is not False
         self.body = body
@@ -139,7 +142,7 @@ class ResponseCall:
             "temperature": params.temperature,
             "text": {"format": (body.text and body.text.format) or TextFormat("text")},
             "tool_choice": body.tool_choice or "auto",
-            "tools": body.tools or [],
+            "tools": self._tools.shown,
             "top_p": params.top_p,
             "truncation": body.truncation or "disabled",
             "background": bool(body.background),
@@ -173,7 +176,7 @@ class ResponseStream:
         self._begun = False
         self._numbered = NumberedEvents()
         self._items = ItemEvents(self._numbered, call.output)
-        self.form = StreamFormat(self.failure, b"response.failed", end=b"")
+        self.form = StreamFormat(self.failure, b"response.failed", end=b"", headers=call.headers)
 
     def queued_events(self) -> Iterator[Event]:
         """The first events of a background response, which waits for its turn."""

@@ -5,13 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from quartet.http_gateway.native.generate_body import asks
-from quartet.http_gateway.openai.chat_body import check_tool_names
+from quartet.http_gateway.openai.response_tools import Offered, name_in
 from quartet.http_gateway.openai.response_types import REFUSED, ReasoningOptions, ResponsesBody
-from quartet.http_gateway.openai.types import ChatBody, NamedFunction, NamedTool
-from quartet.http_gateway.parsers.tool_events import Function, Tool
+from quartet.http_gateway.openai.types import ChatBody
 from quartet.runtime.errors import RequestError
 from quartet.runtime.shorten import short
 
@@ -33,7 +30,7 @@ INCLUDABLE = (
 )
 
 
-def chat_body(body: ResponsesBody, earlier: Sequence[dict[str, Any]] = ()) -> ChatBody:
+def chat_body(body: ResponsesBody, tools: Offered, earlier: Sequence[dict[str, Any]] = ()) -> ChatBody:
     """The chat completion that a request asks for. `earlier`: items of the conversation so far. Raises RequestError."""
     for name, why in REFUSED.items():
         if asks(getattr(body, name)):
@@ -43,7 +40,6 @@ def chat_body(body: ResponsesBody, earlier: Sequence[dict[str, Any]] = ()) -> Ch
     if body.max_tool_calls is not None and body.max_tool_calls < 1:
         raise RequestError(f"max_tool_calls must be at least 1, got {body.max_tool_calls}.", field="max_tool_calls")
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    tools, choice = tools_of(body)
     return ChatBody(
         rid=f"{PREFIX}{uuid.uuid4().hex}",  # the response's id: /abort_request takes it
         messages=system + messages_of(items_of(body.input), earlier),
@@ -55,8 +51,8 @@ def chat_body(body: ResponsesBody, earlier: Sequence[dict[str, Any]] = ()) -> Ch
         ignore_eos=body.ignore_eos,
         stream=body.stream,
         response_format=body.text.format if body.text else None,
-        tools=tools or None,
-        tool_choice=choice,
+        tools=tools.functions or None,
+        tool_choice=tools.choice,
         parallel_tool_calls=body.parallel_tool_calls,
         reasoning_effort=(body.reasoning or ReasoningOptions()).effort,
         thinking_budget=body.thinking_budget,
@@ -144,10 +140,12 @@ class Conversation:
 
     def add_call(self, item: Item, where: str) -> None:
         """A call of a function: it belongs to the model's turn."""
-        call_id, name, arguments = (text_field(item, key, where) for key in ("call_id", "name", "arguments"))
+        call_id, _, arguments = (text_field(item, key, where) for key in ("call_id", "name", "arguments"))
         self._called.add(call_id)
         turn = self._last_turn() or self._new_turn()
-        turn.calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
+        turn.calls.append(
+            {"id": call_id, "type": "function", "function": {"name": name_in(item), "arguments": arguments}}
+        )
 
     def add_output(self, item: Item, where: str) -> None:
         """The output of a call that came before."""
@@ -225,50 +223,3 @@ def text_field(item: Item, name: str, where: str) -> str:
     if not isinstance(value, str):
         raise RequestError(f"{where}: {name} must be a string in an item of type {item['type']!r}.", field="input")
     return value
-
-
-def tools_of(body: ResponsesBody) -> tuple[list[Tool], Any]:
-    """The functions that the model may call, and `tool_choice` as a chat completion has it. Raises RequestError."""
-    tools = [function_of(index, tool) for index, tool in enumerate(body.tools or ())]
-    check_tool_names(tools)
-    choice = body.tool_choice
-    if not isinstance(choice, dict):
-        return tools, choice
-    kind = choice.get("type")
-    if kind == "function" and isinstance(choice.get("name"), str):
-        return tools, NamedTool(NamedFunction(choice["name"]))
-    if kind == "allowed_tools" and choice.get("mode") in ("auto", "required"):
-        return allowed(tools, choice.get("tools")), choice["mode"]
-    raise RequestError(
-        "tool_choice must be none, auto, required, {type: function, name} or {type: allowed_tools, mode, tools}: "
-        "hosted tools are not supported.",
-        field="tool_choice",
-    )
-
-
-def function_of(index: int, tool: dict[str, Any]) -> Tool:
-    """A function tool. Raises RequestError for a hosted tool: the server runs none."""
-    if tool.get("type") != "function":
-        raise RequestError(
-            f"tools[{index}]: tools of type {short(str(tool.get('type')))!r} are not supported, only functions are: "
-            "the server runs no tools.",
-            field="tools",
-        )
-    try:
-        return Tool(msgspec.convert(tool, Function))
-    except msgspec.ValidationError as error:
-        raise RequestError(f"tools[{index}]: {error}", field="tools") from None
-
-
-def allowed(tools: list[Tool], chosen: Any) -> list[Tool]:
-    """Those of the tools that `allowed_tools` names. Raises RequestError."""
-    by_name = {tool.function.name: tool for tool in tools}
-    names = []
-    for tool in chosen if isinstance(chosen, list) else ():
-        name = tool.get("name") if isinstance(tool, dict) else None
-        if not isinstance(name, str) or name not in by_name:
-            raise RequestError(f"tool_choice: tool {short(str(name))!r} not found in tools list.", field="tool_choice")
-        names.append(name)
-    if not names:
-        raise RequestError("tool_choice: tools must name functions: {type: function, name}.", field="tool_choice")
-    return [by_name[name] for name in dict.fromkeys(names)]

@@ -1,6 +1,6 @@
 """The items of a response, as /v1/responses has them: thoughts, messages and calls of functions, in their order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,6 +8,7 @@ import msgspec
 
 from quartet.http_gateway.http.sse import Event
 from quartet.http_gateway.openai.answers import Delta, ToolCall
+from quartet.http_gateway.openai.response_tools import FullName
 
 Kind = Literal["reasoning", "message", "function_call"]
 QUEUED, IN_PROGRESS = "queued", "in_progress"
@@ -29,6 +30,7 @@ class OutputItem:
     place: int  # in the output
     call_id: str = ""
     name: str = ""  # of the function
+    namespace: str = ""  # of it, where it is in one
     pieces: list[str] = field(default_factory=list)
 
     @property
@@ -58,7 +60,8 @@ class OutputItem:
         begun = status == IN_PROGRESS
         match self.kind:
             case "function_call":
-                return {**head, "call_id": self.call_id, "name": self.name, "arguments": "" if begun else self.text}
+                name = {"name": self.name, **({"namespace": self.namespace} if self.namespace else {})}
+                return {**head, "call_id": self.call_id, **name, "arguments": "" if begun else self.text}
             case "message":
                 return {**head, "role": "assistant", "content": [] if begun else [self.part(self.text)]}
             case "reasoning":
@@ -68,8 +71,10 @@ class OutputItem:
 class OutputItems:
     """The items so far."""
 
-    def __init__(self, call_id: str) -> None:
+    def __init__(self, call_id: str, full_names: Mapping[str, FullName]) -> None:
+        """`full_names`: of functions of namespaces, by the names that the model sees."""
         self._call_id = call_id
+        self._full_names = full_names
         self.items: list[OutputItem] = []
 
     def take(self, delta: Delta) -> None:
@@ -106,7 +111,8 @@ class OutputItems:
     def _open(self, kind: Kind, call_id: str = "", name: str = "") -> None:
         place = len(self.items)
         item_id = f"{PREFIXES[kind]}_{self._call_id}" + (f"_{place}" if place else "")
-        self.items.append(OutputItem(kind, item_id, place, call_id, name))
+        full = self._full_names.get(name, FullName("", name))
+        self.items.append(OutputItem(kind, item_id, place, call_id, full.name, full.namespace))
 
 
 def last_status(status: str) -> str:

@@ -35,7 +35,7 @@ async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStre
     await collect_group(gateway.ring, http, call.chat.job, call.chat.take)
     call.take_whole()
     await call.end()
-    return errors.json_response(call.response(call.status()))
+    return errors.json_response(call.response(call.status()), headers=call.headers)
 
 
 SHAPE = errors.with_client_names(

@@ -55,6 +55,7 @@ class ServerFlags(TypedDict, total=False):
     sampling_defaults: Literal["model", "openai"]
     tool_call_parser: ToolCallParser | None
     reasoning_parser: ReasoningParser | None
+    leave_out_hosted_tools: bool
     enable_cache_report: bool
     enable_hierarchical_cache: bool
     hicache_ratio: float | None

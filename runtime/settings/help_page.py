@@ -33,6 +33,7 @@ FIRST_PAGE = {
     "sampling_defaults",
     "tool_call_parser",
     "reasoning_parser",
+    "leave_out_hosted_tools",
     "enable_cache_report",
     "max_running_requests",
     "max_queued_requests",

@@ -108,7 +108,7 @@ def check_length(request: Request, prompt_len: int, config: PlannerConfig) -> No
             "tokens). Use a shorter input or enable --allow-auto-truncate.",
             field="prompt",
         )
-    if asked in (None, config.default_new_tokens) or config.clips_output:
+    if asked in (None, config.default_new_tokens) or config.clips_output or request.clips_output:
         return
     if prompt_len + asked > config.context_length:
         raise too_long(

@@ -96,6 +96,16 @@ async def test_stop_reasons(finish: Finish, asked: Any, reason: str, sequence: A
         assert (message.stop_reason, message.stop_sequence) == (reason, sequence)
 
 
+@pytest.mark.parametrize("max_tokens", [8, 32000])
+@asynchronous
+async def test_a_limit_beyond_the_context_is_what_is_left_of_it(max_tokens: int) -> None:
+    async with served(says("a", finish=Finish(reason="length", length=1))) as server:
+        answer = message_of(await server.client.post(PATH, {**BODY, "max_tokens": max_tokens}))
+        request = server.ring.sent[-1].request
+        assert request.clips_output and request.params.max_new_tokens == min(max_tokens, 512)  # the context
+        assert answer.stop_reason == "model_context_window_exceeded"
+
+
 @asynchronous
 async def test_tool_calls_are_blocks_after_the_text() -> None:
     async with served(says("I look. ", CALL), tool_call_parser="hermes") as server:

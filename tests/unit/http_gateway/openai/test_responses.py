@@ -456,3 +456,88 @@ async def test_a_response_that_was_aborted_has_failed() -> None:
         assert (body["status"], body["error"]["code"]) == ("failed", "server_error")
         assert body["output"][0]["status"] == "incomplete"
         assert names_of(await events_of(server))[-1] == "failed"
+
+
+# tools of coding agents
+
+NAMESPACE = {
+    "type": "namespace",
+    "name": "agents",
+    "description": "Tools for other agents.",
+    "tools": [{"type": "function", "name": "close", "parameters": {"type": "object", "properties": {}}}],
+}
+SEARCH = {"type": "web_search", "external_web_access": False}
+CLOSE_CALL = '<tool_call>{"name": "agents__close", "arguments": {}}</tool_call>'
+
+
+@asynchronous
+async def test_the_functions_of_a_namespace_are_called_by_their_own_names() -> None:
+    async with served(says(CLOSE_CALL), tool_call_parser="hermes") as server:
+        body = await ask(server, tools=[WEATHER, NAMESPACE])
+        assert [tool["function"]["name"] for tool in chat_of(server).tools or ()] == ["weather", "agents__close"]
+        [call] = body["output"]
+        assert (call["type"], call["namespace"], call["name"]) == ("function_call", "agents", "close")
+        assert body["tools"][1]["type"] == "namespace"
+        back = [call, {"type": "function_call_output", "call_id": call["call_id"], "output": "closed"}]
+        await ask(server, input=[{"role": "user", "content": "hi"}, *back], tools=[NAMESPACE])
+        [sent] = chat_of(server).messages[1]["tool_calls"]
+        assert sent["function"]["name"] == "agents__close"
+
+
+@asynchronous
+async def test_a_streamed_call_of_a_namespace_has_its_own_name_in_every_event() -> None:
+    async with served(says(CLOSE_CALL), tool_call_parser="hermes") as server:
+        events = await events_of(server, tools=[NAMESPACE])
+        added, done = (event["item"] for event in events if event["type"].startswith("response.output_item."))
+        assert [(item["namespace"], item["name"]) for item in (added, done)] == [("agents", "close")] * 2
+        [arguments] = [event for event in events if event["type"] == "response.function_call_arguments.done"]
+        assert arguments["name"] == "close"
+
+
+@pytest.mark.parametrize("choice", [{"type": "function", "namespace": "agents", "name": "close"}, "required"])
+@asynchronous
+async def test_a_function_of_a_namespace_can_be_demanded(choice: Any) -> None:
+    async with served(says(CLOSE_CALL), tool_call_parser="hermes") as server:
+        await ask(server, tools=[NAMESPACE], tool_choice=choice)
+        assert "agents__close" in str(server.ring.sent[-1].request.params)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@asynchronous
+async def test_hosted_tools_beside_functions_can_be_left_out_and_the_answer_says_so(stream: bool) -> None:
+    async with served(says("x"), leave_out_hosted_tools=True) as server:
+        answer = await server.client.post(PATH, {"input": "hi", "tools": [WEATHER, SEARCH], "stream": stream})
+        assert answer.status == 200, answer.text
+        assert "tools[1] (web_search)" in answer.headers["warning"]
+        assert [tool["function"]["name"] for tool in chat_of(server).tools or ()] == ["weather"]
+        assert '"name":"weather"' in answer.text and '"web_search"' not in answer.text
+        plain = await server.client.post(PATH, {"input": "hi", "tools": [WEATHER]})
+        assert "warning" not in plain.headers
+
+
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [
+        ([SEARCH], "'web_search' are not supported"),
+        ([WEATHER, SEARCH], "tools[1]: tools of type 'web_search'"),
+        ([WEATHER, {"type": "mcp", "server_label": "x"}], "tools[1]: tools of type 'mcp'"),
+        ([WEATHER, {"type": "custom", "name": "x"}], "tools[1]: tools of type 'custom'"),
+        ([{"type": "namespace", "name": "n", "tools": [SEARCH]}], "tools[0].tools[0]: tools of type 'web_search'"),
+        ([{"type": "namespace", "tools": []}], "a namespace needs a name"),
+        ([{"type": "namespace", "name": "n", "tools": {}}], "tools must be a list"),
+        ([NAMESPACE, NAMESPACE], "2 tools have the name 'agents__close'"),
+    ],
+)
+@asynchronous
+async def test_tools_that_nobody_could_run_are_refused_by_name(tools: list[dict[str, Any]], words: str) -> None:
+    async with served(says("x")) as server:
+        answer = await server.client.post(PATH, {"input": "hi", "tools": tools})
+        assert (answer.status, answer.json()["error"]["param"]) == (400, "tools") and words in answer.text
+
+
+@asynchronous
+async def test_a_hosted_tool_that_was_left_out_cannot_be_demanded() -> None:
+    async with served(says("x"), leave_out_hosted_tools=True) as server:
+        body = {"input": "hi", "tools": [WEATHER, SEARCH], "tool_choice": {"type": "web_search"}}
+        answer = await server.client.post(PATH, body)
+        assert answer.status == 400 and "hosted tools are not supported" in answer.text

@@ -46,6 +46,12 @@ def test_output_that_does_not_fit_is_clipped_where_the_operator_wants_it() -> No
     assert sequence_of(tokenized("a", range(6), 5), clipping, 0.0).limit == 4
 
 
+def test_output_that_does_not_fit_is_clipped_where_the_request_says_so() -> None:
+    asked = tokenized("a", range(6), 5)
+    asked.request.clips_output = True
+    assert sequence_of(asked, WIDE, 0.0).limit == 4
+
+
 def test_a_request_that_exceeds_the_context_gets_its_error_code() -> None:
     for message, settings in (
         (tokenized("a", range(10), None), WIDE),
