@@ -121,10 +121,16 @@ class Schedulers:
 
         Where all serve something else, those that serve the same.
         """
-        there, decided = self.up, self.decided
-        right = [one for one in there if decided is None or decided.may_be_asked(one.served)]
+        there, left_out = self.up, self.left_out
+        right = [one for one in there if one.rank not in left_out]
         right = right or [one for one in there if self.changes(one.rank)]
         return right or [one for one in self.all if not one.up] or alike(self.all)
+
+    @property
+    def left_out(self) -> list[int]:
+        """The ranks that live and get no requests as long as others serve what was decided: these do not."""
+        decided = self.decided
+        return [one.rank for one in self.up if decided is not None and not decided.may_be_asked(one.served)]
 
     # where requests go
 

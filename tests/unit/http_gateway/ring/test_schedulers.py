@@ -181,6 +181,7 @@ def test_a_scheduler_that_does_not_rest_with_the_others_gets_no_requests() -> No
     schedulers = heard()
     schedulers.decide(PauseGeneration())
     says(schedulers, facts(0, paused=True))
+    assert schedulers.left_out == [1]
     assert {schedulers.choose(asked(str(number))) for number in range(4)} == {0}
     says(schedulers, facts(1, paused=True))
     assert schedulers.choose(asked("x")) == 1
