@@ -137,6 +137,7 @@ class UpdateWeightsFromDisk(WeightChange, tag="update_weights_from_disk", kw_onl
     load_format: Name | None = None  # default: the server's
     keep_pause: bool = False  # be paused after the update
     manifest: dict[Name, Name] | None = None  # tensor → xxh3 of its bytes in the file
+    weight_files: Name = ""  # set by the gateway: what the other schedulers have read there; other files are refused
     is_async: bool = False
     recapture_cuda_graph: bool = False
     token_step: int = 0

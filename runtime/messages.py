@@ -262,6 +262,7 @@ class Prepared(Message, tag="prepared", kw_only=True):
 
     id: str  # of the command
     rank: int = 0
+    weight_files: str = ""  # names what was read, of new weights
 
 
 class Facts(Message, tag="facts", kw_only=True):
@@ -277,8 +278,9 @@ class Facts(Message, tag="facts", kw_only=True):
     memory_usage: dict[str, float] = {}
     state: dict[
         str, Any
-    ] = {}  # model_path, weight_version, paused, asleep, lacks, sleeping, adapters (runtime/adapters.py); those that
-    # were unloaded and are kept for requests that may come again: unloaded_adapters, name → version
+    ] = {}  # model_path, weight_version, weight_files (weights/record.py), paused, asleep, lacks, sleeping, adapters
+    # (runtime/adapters.py); those that were unloaded and are kept for requests that may come again: unloaded_adapters,
+    # name → version
 
 
 class Restarted(Message, tag="restarted", kw_only=True):

@@ -4,6 +4,8 @@ Nothing is forced to the disk, so that the scheduler's loop may write them too: 
 machine, and what a killed process has written is there.
 """
 
+import contextlib
+import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +20,16 @@ def write(run_dir: str, name: str, record: msgspec.Struct) -> None:
     fresh = path.with_suffix(".new")
     fresh.write_bytes(msgspec.json.encode(record))
     fresh.replace(path)
+
+
+def write_first(run_dir: str, name: str, record: msgspec.Struct) -> None:
+    """Write the record, as a whole, unless another process has. Raises OSError."""
+    path = Path(run_dir) / name
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.write_bytes(msgspec.json.encode(record))
+    with contextlib.suppress(FileExistsError):
+        os.link(fresh, path)
+    fresh.unlink()
 
 
 def read_record(run_dir: str, name: str, kind: type[Record]) -> Record | None:

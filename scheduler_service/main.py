@@ -27,6 +27,7 @@ from quartet.scheduler_service.host.pool_size import note_size, sized_as_before
 from quartet.scheduler_service.model.registry import check_ranks
 from quartet.scheduler_service.model.same_model import check_same_model
 from quartet.scheduler_service.weights import record
+from quartet.scheduler_service.weights.record import Committed
 from quartet.scheduler_service.weights.update import Updates
 
 log = logging.getLogger(__name__)
@@ -34,14 +35,17 @@ log = logging.getLogger(__name__)
 
 def main(boot: Boot) -> None:
     """Load the model and serve it until killed. Raises StartupError."""
+    record.begin(boot.config, boot.own_dir, boot.run_dir)
     config = sized_as_before(record.restored(boot.config, boot.own_dir), boot.own_dir)
+    to_read = Committed.at_start(config)
     info = model_facts(boot.config, config)
     if info.is_embedding:
         log.info("Overlap scheduler is disabled for embedding models.")
     if boot.config.tp_size > 1:
-        lead(boot, config, info)
+        lead(boot, config, info, to_read)
         return
     worker = Worker(config, info)
+    record.check_unchanged(to_read, boot.config, boot.own_dir)
     note_size(config, boot.own_dir, worker.facts().max_total_num_tokens)
     adapters = worker.load_adapters(boot.config, boot.own_dir)
     updates = weight_updates(config, info, worker, boot.own_dir)
@@ -51,12 +55,13 @@ def main(boot: Boot) -> None:
     serve(boot, info, worker, grammars, updates, saver, sleeper, adapters, make_tier)
 
 
-def lead(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> None:
+def lead(boot: Boot, config: ResolvedConfig, info: ModelInfo, to_read: Committed) -> None:
     """Serve as rank 0 of several that compute the model together. Raises StartupError."""
     check_ranks(config, info)
     setproctitle.setproctitle(TITLE.format(role=f"{boot.title} TP0"))
     followers, store = start_followers(boot, config, info)
     worker = Worker(config, info, partial(load_part, parallel=followers.parallel, store=store), followers=followers)
+    record.check_unchanged(to_read, boot.config, boot.own_dir)
     note_size(config, boot.own_dir, worker.facts().max_total_num_tokens)
     adapters = worker.load_adapters(boot.config, boot.own_dir)
     same_model = partial(check_same_model, info, config)

@@ -214,7 +214,7 @@ class Scheduler:
 
     def state(self) -> dict[str, Any]:
         """The state that the gateway has to know, for itself and for clients."""
-        served = {} if self.updates is None else {"model_path": self.updates.committed.model_path}
+        served = {} if self.updates is None else self.updates.committed.told
         return {
             **served,
             "weight_version": self.worker.weight_version,

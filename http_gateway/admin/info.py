@@ -135,6 +135,7 @@ async def server_info(gateway: Gateway, http: HTTPRequest) -> Response:
             if rank not in gone
         ],
         "unanswered_dp_ranks": gateway.counters.unanswered(),
+        "left_out_dp_ranks": gateway.ring.schedulers.left_out,
     }
     return errors.json_response(body)
 

@@ -25,6 +25,7 @@ OTHER_REFUSED = "Another scheduler refused: {}"
 OTHER_ENDED = "Nothing was changed: a scheduler ended while the change was prepared. Send it again."
 PARTLY = "{} (scheduler DP{}; it was done in {})."
 NOBODY_WAITS = "Nothing was changed: nobody waits for the answer any more."
+OTHER_FILES = "Nothing was changed: the files were rewritten while the schedulers read them. Send it again."
 
 
 @dataclass(slots=True)
@@ -37,7 +38,7 @@ class UnansweredCommand:
     epochs: dict[int, int | None]  # by rank of the schedulers that it was sent to
     decided: bool = False  # it is part of what all must serve
     answers: dict[int, Message] = field(default_factory=dict)  # by rank
-    prepared: set[int] = field(default_factory=set)  # ranks
+    prepared: dict[int, str] = field(default_factory=dict)  # rank → the weight files that it has read
     cause: Reply | None = None  # the first refusal
 
     @property
@@ -51,6 +52,11 @@ class UnansweredCommand:
             return False
         result = self.answer.result()
         return isinstance(result, Reply) and result.success
+
+    @property
+    def weight_files(self) -> str:
+        """What all have read who are prepared."""
+        return next(iter(self.prepared.values()), "")
 
     def messages(self) -> list[ControlCommand]:
         """The command as it is to be sent, to each scheduler that has not answered."""
@@ -103,7 +109,7 @@ class Commands:
 
     def _note_decided(self, unanswered: UnansweredCommand) -> None:
         """All are to carry it out; they are looked at when it has ended, however it has."""
-        unanswered.decided = self._schedulers.decide(unanswered.command)
+        unanswered.decided = self._schedulers.decide(unanswered.command, unanswered.weight_files)
         if unanswered.decided:
             unanswered.answer.add_done_callback(lambda _: self._schedulers.on_change())
 
@@ -145,9 +151,10 @@ class Commands:
         """A scheduler is prepared for a change: decide once all are."""
         unanswered = self._unanswered.get(prepared.id)
         if unanswered is not None:
-            unanswered.prepared.add(prepared.rank)
-            if unanswered.prepared.issuperset(unanswered.epochs):
-                self._decide(unanswered, self._schedulers.conflict(unanswered.command))
+            unanswered.prepared[prepared.rank] = prepared.weight_files
+            if unanswered.prepared.keys() >= unanswered.epochs.keys():
+                other_files = OTHER_FILES if len(set(unanswered.prepared.values())) > 1 else ""
+                self._decide(unanswered, other_files or self._schedulers.conflict(unanswered.command))
         reason = self._decisions.get(prepared.id) if unanswered or prepared.id in self._decisions else NOBODY_WAITS
         if reason is not None:
             self._tell(prepared.id, reason, [prepared.rank])

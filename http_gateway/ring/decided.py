@@ -1,4 +1,4 @@
-"""What all schedulers must serve: decided by the commands that the gateway has sent, and by nothing else.
+"""What all schedulers must serve, and whether they rest: decided by the gateway's commands, and by nothing else.
 
 A command is decided in the moment in which the gateway sends what makes it happen: the command itself, or the word that
 a change which all have prepared is made (commands.py). What a scheduler says of itself is compared with what was
@@ -14,7 +14,17 @@ from typing import Any
 import msgspec
 
 from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
-from quartet.runtime.control import REWRITTEN, ControlCommand, UpdateWeightsFromDisk, UpdateWeightVersion
+from quartet.runtime.control import (
+    REWRITTEN,
+    ContinueGeneration,
+    ControlCommand,
+    PauseGeneration,
+    ReleaseMemory,
+    ResumeMemory,
+    UpdateWeightsFromDisk,
+    UpdateWeightVersion,
+)
+from quartet.runtime.memory_tags import NEEDED, TAGS, WEIGHTS
 
 RECORD = "decided.json"  # in the run directory
 REMEMBERED = 16  # earlier versions, and changes
@@ -26,16 +36,30 @@ class Served(msgspec.Struct, frozen=True):
     model_path: str = ""
     weight_version: str = ""
     adapters: frozenset[tuple[str, str, bool]] = frozenset()  # name, path, whether it is pinned
+    weight_files: str = ""  # names what was read at that path; "": nothing was
+    paused: bool = False
+    released: frozenset[str] = frozenset()  # tags of memory without which nothing is computed
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Served":
         """By `Facts.state`."""
-        adapters = frozenset((one["name"], one["path"], one["pinned"]) for one in state.get("adapters") or ())
-        return cls(str(state.get("model_path", "")), str(state.get("weight_version", "")), adapters)
+        return cls(
+            str(state.get("model_path", "")),
+            str(state.get("weight_version", "")),
+            frozenset((one["name"], one["path"], one["pinned"]) for one in state.get("adapters") or ()),
+            str(state.get("weight_files", "")),
+            bool(state.get("paused")),
+            frozenset(state.get("lacks") or ()),
+        )
 
     @property
-    def weights(self) -> tuple[str, str]:
-        return self.model_path, self.weight_version
+    def weights(self) -> tuple[str, str, str]:
+        return self.model_path, self.weight_version, self.weight_files
+
+    @property
+    def rest(self) -> tuple[bool, frozenset[str]]:
+        """Why nothing is computed."""
+        return self.paused, self.released
 
     def with_adapter(self, name: str, *adapter: tuple[str, str, bool]) -> "Served":
         """With this adapter as the only one of its name, or with none."""
@@ -51,48 +75,83 @@ class Decided(msgspec.Struct, frozen=True):
     earlier_versions: tuple[str, ...] = ()  # what the same weights were called before
     changes: tuple[str, ...] = ()  # ids of the last changes that all were told to make
 
-    def after(self, command: ControlCommand) -> "Decided":
-        """What is decided with this command."""
-        decided = self._after(command)
+    def after(self, command: ControlCommand, weight_files: str = "") -> "Decided":
+        """What is decided with this command. `weight_files`: those of the weights that it is about."""
+        decided = self._after(command, weight_files)
         if command.waits_for_others:
             decided = msgspec.structs.replace(decided, changes=(*self.changes, command.id)[-REMEMBERED:])
         return decided
 
-    def _after(self, command: ControlCommand) -> "Decided":
+    def _after(self, command: ControlCommand, files: str) -> "Decided":
         served = self.served
         match command:
             case UpdateWeightsFromDisk(model_path=path, weight_version=version):
-                weights = Served(path, version or served.weight_version, served.adapters)
-                return Decided(weights, command.load_format)
+                served = self._with(weight_version=version or served.weight_version, model_path=path).served
+                paused = served.paused or command.keep_pause
+                return Decided(msgspec.structs.replace(served, weight_files=files, paused=paused), command.load_format)
             case UpdateWeightVersion(new_version=version) if version != served.weight_version:
                 earlier = (*self.earlier_versions, served.weight_version)[-REMEMBERED:]
-                served = msgspec.structs.replace(served, weight_version=version)
-                return msgspec.structs.replace(self, served=served, earlier_versions=earlier)
+                named = self._with(weight_version=version, weight_files=files or served.weight_files)
+                return msgspec.structs.replace(named, earlier_versions=earlier)
             case LoadAdapter(lora_name=name, lora_path=path, pinned=pinned):
                 return msgspec.structs.replace(self, served=served.with_adapter(name, (name, path, pinned)))
             case UnloadAdapter(lora_name=name):
                 return msgspec.structs.replace(self, served=served.with_adapter(name))
+            case PauseGeneration():
+                return self._with(paused=True)
+            case ContinueGeneration():
+                return self._with(paused=False)
+            case ReleaseMemory(tags=tags):
+                return self._with(released=served.released | needed(tags))
+            case ResumeMemory(tags=tags):
+                return self._with(released=served.released - needed(tags))
         return self
+
+    def _with(self, **served: Any) -> "Decided":
+        return msgspec.structs.replace(self, served=msgspec.structs.replace(self.served, **served))
 
     def may_be_asked(self, own: Served) -> bool:
         """Whether a scheduler that serves this may get requests. They name no adapter that it has beyond those."""
-        return own.weights == self.served.weights and own.adapters >= self.served.adapters
+        same = own.weights == self.served.weights and own.rest == self.served.rest
+        return same and own.adapters >= self.served.adapters
 
     def is_rewritten(self, own: Served) -> bool:
-        """Whether its weights are those that were written to the same directory later."""
-        return own.weight_version in map(REWRITTEN.format, (self.served.weight_version, *self.earlier_versions))
+        """Whether its weights are others that were written to the same directory."""
+        return self._knows(own) and own.weight_files != self.served.weight_files
+
+    def _knows(self, own: Served) -> bool:
+        """Whether its weights have the path and a name of those that all must serve."""
+        names = (self.served.weight_version, *self.earlier_versions)
+        named = own.weight_version in (*names, *map(REWRITTEN.format, names))
+        return named and own.model_path == self.served.model_path
 
     def missing(self, own: Served) -> Iterator[ControlCommand]:
-        """The commands that bring a scheduler there from what it serves."""
-        path, version = self.served.weights
-        if own.model_path != path or own.weight_version not in (version, *self.earlier_versions):
-            yield UpdateWeightsFromDisk(model_path=path, weight_version=version, load_format=self.load_format)
-        elif own.weight_version != version:
-            yield UpdateWeightVersion(new_version=version, abort_all_requests=False)
-        for name in sorted({name for name, _, _ in own.adapters - self.served.adapters} - self.adapter_names):
+        """The commands that bring a scheduler there from what it serves; generation goes on behind all others."""
+        wanted = self.served
+        if wanted.paused and not own.paused:
+            yield PauseGeneration(mode="retract")
+        if taken := own.released - wanted.released:
+            yield ResumeMemory(tags=sorted(taken))
+        yield from self._missing_weights(own)
+        for name in sorted({name for name, _, _ in own.adapters - wanted.adapters} - self.adapter_names):
             yield UnloadAdapter(lora_name=name)
-        for name, adapter_path, pinned in sorted(self.served.adapters - own.adapters):
+        for name, adapter_path, pinned in sorted(wanted.adapters - own.adapters):
             yield LoadAdapter(lora_name=name, lora_path=adapter_path, pinned=pinned, load_inplace=True)
+        if given := wanted.released - own.released:
+            yield ReleaseMemory(tags=sorted(given))
+        if own.paused and not wanted.paused:
+            yield ContinueGeneration()
+
+    def _missing_weights(self, own: Served) -> Iterator[ControlCommand]:
+        """Where other weights were written to the directory, or there is no memory for them: none."""
+        path, version, files = self.served.weights
+        if self._knows(own) and own.weight_files == files:
+            if own.weight_version != version:
+                yield UpdateWeightVersion(new_version=version, abort_all_requests=False)
+        elif not (self.is_rewritten(own) or WEIGHTS in own.released & self.served.released):
+            yield UpdateWeightsFromDisk(
+                model_path=path, weight_version=version, load_format=self.load_format, weight_files=files
+            )
 
     @property
     def adapter_names(self) -> frozenset[str]:
@@ -100,12 +159,16 @@ class Decided(msgspec.Struct, frozen=True):
         return frozenset(name for name, _, _ in self.served.adapters)
 
     def shown(self, state: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
-        """`Facts.state` of one scheduler as clients may know it: of weights and adapters, only what was decided.
+        """`Facts.state` of one scheduler as clients may know it: of what all must serve, only what was decided.
 
         An adapter that it lacks is there as long as one of the `others` has it; one that none has cannot be named.
         """
-        path, version = self.served.weights
-        shown = {**state, "model_path": path, "weight_version": version}
+        served = self.served
+        shown = {**state, "model_path": served.model_path, "weight_version": served.weight_version}
+        if "paused" in state:
+            unwritten = bool(state.get("asleep")) and not state.get("lacks")  # weights that were released
+            lacks = [tag for tag in NEEDED if tag in served.released]
+            shown |= {"paused": served.paused, "lacks": lacks, "asleep": bool(lacks) or unwritten}
         if "adapters" in state:
             shown["adapters"] = self._shown_adapters((state, *others))
         return shown
@@ -119,3 +182,9 @@ class Decided(msgspec.Struct, frozen=True):
             name, path, pinned = wanted[one["name"]]
             found.setdefault(name, {**one, "path": path, "pinned": pinned})
         return list(found.values())
+
+
+def needed(tags: Iterable[str] | None) -> frozenset[str]:
+    """Which of these tags (None: of all) nothing is computed without; none where one is refused as unknown."""
+    named = frozenset(tags or TAGS)
+    return named.intersection(NEEDED) if named <= frozenset(TAGS) else frozenset()

@@ -1,4 +1,4 @@
-"""Gives a scheduler that comes back the weights and adapters that were decided; until then it gets no requests."""
+"""Brings a scheduler that comes back to what was decided; until then it gets no requests."""
 
 import asyncio
 import logging
@@ -22,7 +22,8 @@ CANNOT = "Scheduler DP%d cannot serve what the others do: %s"
 NO_ANSWER = "it has not answered in time"
 NOTHING_CHANGED = "it has not changed what it serves"
 BEHIND = (
-    "Scheduler DP%d serves version %s of the weights, the others %s, or not the same adapters; it gets no requests."
+    "Scheduler DP%d serves version %s of the weights, the others %s, or has not the same adapters, pause and memory; "
+    "it gets no requests."
 )
 NEWER = "The weights of scheduler DP%d were rewritten on the disk since the others read them: update the weights."
 
@@ -87,7 +88,6 @@ class Leveller:
         self._warn(rank, BEHIND, own.weight_version, decided.served.weight_version, level=logging.WARNING)
         if decided.is_rewritten(own):
             self._warn(rank, NEWER)
-            return
         tries = 0
         while missing := self._missing(rank):
             command = next((one for one in missing if not self._has_to_wait(rank, one)), None)

@@ -91,12 +91,14 @@ class Schedulers:
     def targets_of(self, command: ControlCommand) -> list[int]:
         """The ranks that a command for all goes to.
 
-        No new version is given to weights that were rewritten, for they would pass for those of the others.
+        No new version is given to weights that were rewritten, for they would pass for those of the others. Where those
+        of all were, it is for the ones that have read the same.
         """
-        decided = self.decided
-        if decided is None or not isinstance(command, UpdateWeightVersion):
-            return self.targets
-        return [rank for rank in self.targets if not decided.is_rewritten(self.all[rank].served)] or self.targets
+        targets = [self.all[rank] for rank in self.targets]
+        if self.decided is not None and isinstance(command, UpdateWeightVersion):
+            right = [one for one in targets if not self.decided.is_rewritten(one.served)]
+            targets = right or alike(targets)
+        return [one.rank for one in targets]
 
     def conflict(self, command: ControlCommand) -> str:
         """Why a change for which all are prepared must not be made: the weights have got another version meanwhile."""
@@ -115,11 +117,20 @@ class Schedulers:
         return all(one.heard for one in self.all)
 
     def serving(self) -> list[SchedulerState]:
-        """Those that may get requests: they live and serve what was decided, or are about to; else those to come."""
-        there, decided = self.up, self.decided
-        right = [one for one in there if decided is None or decided.may_be_asked(one.served)]
+        """Those that may get requests: they live and serve what was decided, or are about to; else those to come.
+
+        Where all serve something else, those that serve the same.
+        """
+        there, left_out = self.up, self.left_out
+        right = [one for one in there if one.rank not in left_out]
         right = right or [one for one in there if self.changes(one.rank)]
-        return right or [one for one in self.all if not one.up] or self.all
+        return right or [one for one in self.all if not one.up] or alike(self.all)
+
+    @property
+    def left_out(self) -> list[int]:
+        """The ranks that live and get no requests as long as others serve what was decided: these do not."""
+        decided = self.decided
+        return [one.rank for one in self.up if decided is not None and not decided.may_be_asked(one.served)]
 
     # where requests go
 
@@ -178,13 +189,16 @@ class Schedulers:
             self._complete.set()
         return restarted
 
-    def decide(self, command: ControlCommand) -> bool:
+    def decide(self, command: ControlCommand, weight_files: str = "") -> bool:
         """The gateway is about to send this command to all, or the word that all make it. Whether that decides a thing.
 
-        It is recorded first, so that the next gateway goes on with it.
+        It is recorded first, so that the next gateway goes on with it. `weight_files`: what all have read for it.
         """
         before = self.decided
-        if before is not None and (decided := before.after(command)) != before:
+        if before is not None and isinstance(command, UpdateWeightVersion):
+            named = self.all[self.targets_of(command)[0]].served
+            weight_files = named.weight_files if before.is_rewritten(named) else ""
+        if before is not None and (decided := before.after(command, weight_files)) != before:
             self._set_decided(decided)
         return self.decided is not before
 
@@ -227,6 +241,11 @@ class Schedulers:
         """The caches were emptied."""
         for one in self.all:
             one.prefixes.forget()
+
+
+def alike(schedulers: list[SchedulerState]) -> list[SchedulerState]:
+    """Those whose weights are the same as the first one's."""
+    return [one for one in schedulers if one.served.weights == schedulers[0].served.weights]
 
 
 def best(serving: list[SchedulerState], blocks: list[int]) -> SchedulerState:

@@ -11,9 +11,10 @@ SAY_AGAIN_S = 1.0  # what was said, or its answer, may be lost with a process of
 NOT_ALL = 503  # status of a change that another scheduler did not make
 
 
-def agreed(context: Context, command: ControlCommand) -> Generator[None, bool | None, str]:
+def agreed(context: Context, command: ControlCommand, weight_files: str = "") -> Generator[None, bool | None, str]:
     """Return once every scheduler is prepared for the change. Raises CommandRefused where one is not.
 
+    `weight_files`: what was read, of new weights; all must have read the same.
     Returns the version that the weights of all have then; "" where there are no others.
     """
     if not command.waits_for_others:
@@ -21,7 +22,7 @@ def agreed(context: Context, command: ControlCommand) -> Generator[None, bool | 
     said_at = -SAY_AGAIN_S
     while (word := context.decisions.of(command.id)) is None:
         if context.now - said_at >= SAY_AGAIN_S:
-            context.emit([Prepared(id=command.id)])
+            context.emit([Prepared(id=command.id, weight_files=weight_files)])
             said_at = context.now
         yield
     if word.reason:

@@ -16,8 +16,9 @@ from typing import Protocol
 from quartet.runtime.adapters import ForgetAdapter
 from quartet.runtime.control import REWRITTEN, Abort, ControlCommand, Probe
 from quartet.runtime.errors import CommandRefused
+from quartet.runtime.memory_tags import KV_CACHE, WEIGHTS
 from quartet.scheduler_service.control.context import Context
-from quartet.scheduler_service.execution.memory_saver import KV_CACHE, WEIGHTS, MemorySaver
+from quartet.scheduler_service.execution.memory_saver import MemorySaver
 from quartet.scheduler_service.host.background import run_in_background
 from quartet.scheduler_service.weights import record, reread
 from quartet.scheduler_service.weights.update import Staged, Updates

@@ -44,6 +44,7 @@ UPDATED_ONLINE = "Succeeded to update parameter online."
 SERVED_SELECTORS = ("all", "target")
 SESSION_OPEN = "A weight update has begun and not ended: call end_weight_update first."
 RELEASED = "The memory of the weights is released: call resume_memory_occupation first."
+OTHER_FILES = "The files of {} were rewritten since the other schedulers read them. Nothing was changed."
 GIVEN_UP = "The weight update was given up, nothing was changed: {}"
 NO_SESSION = "end_weight_update without begin_weight_update."
 
@@ -97,7 +98,9 @@ def swap(
     """Put staged values in place, between two steps. Returns how many requests were paused meanwhile."""
     try:
         refuse_unless_expected(context, command)
-        of_all = yield from agreed(context, command)
+        read = "" if staged.source is None else staged.source.weight_files
+        refuse_other_files(command, read)
+        of_all = yield from agreed(context, command, read)
     except CommandRefused:
         updates.drop_staged()
         raise
@@ -129,6 +132,12 @@ def refuse_unless_expected(context: Context, command: WeightChange) -> None:
     served = context.worker.weight_version
     if command.expected_version not in (None, served):
         raise CommandRefused(OTHER_VERSION.format(command.expected_version, served), 409)
+
+
+def refuse_other_files(command: WeightChange, read: str) -> None:
+    """Refuse if the other schedulers have read other files from the same place."""
+    if isinstance(command, UpdateWeightsFromDisk) and command.weight_files not in ("", read):
+        raise CommandRefused(OTHER_FILES.format(command.model_path))
 
 
 def refuse_in_session(updates: "Updates") -> None:

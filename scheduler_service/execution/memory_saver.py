@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from quartet.runtime.errors import CommandRefused
+from quartet.runtime.memory_tags import KV_CACHE, NEEDED, TAGS, WEIGHTS
 from quartet.runtime.process.memory import give_back
 from quartet.scheduler_service.execution.kv_cache import KVCache
 from quartet.scheduler_service.execution.state_cache import StateCache
@@ -15,10 +16,6 @@ from quartet.scheduler_service.host.device import shortage
 from quartet.scheduler_service.model.adapter_pool import AdapterPool
 from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.update import Updates
-
-WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
-TAGS = (WEIGHTS, KV_CACHE, CUDA_GRAPH)  # recorded graphs are dropped with any of them: they contain addresses of all
-NEEDED = (WEIGHTS, KV_CACHE)  # for every step; a graph is recorded again when a step needs it
 
 
 class MemorySaver:

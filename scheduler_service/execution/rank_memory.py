@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from quartet.runtime.errors import CommandRefused, Kind
+from quartet.runtime.memory_tags import WEIGHTS
 from quartet.scheduler_service.execution.kv_cache import KVCache
-from quartet.scheduler_service.execution.memory_saver import WEIGHTS, MemorySaver
+from quartet.scheduler_service.execution.memory_saver import MemorySaver
 from quartet.scheduler_service.execution.rank_messages import Answer, Memory, Release, Resume
 from quartet.scheduler_service.execution.ranks import Followers
 from quartet.scheduler_service.execution.state_cache import StateCache

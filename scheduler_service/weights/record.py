@@ -2,11 +2,14 @@
 
 A scheduler that is restarted in the same boot loads these. Weights that came in requests are not on disk: after a
 restart the checkpoint that they updated serves again, and the record says so. Trainers often write new weights to the
-same directory: if it was rewritten since, it is served under another version.
+same directory: if it was rewritten since, it is served under another version. What is read at the start of the server
+is recorded before it is read, by the first of several schedulers for all.
 """
 
+import hashlib
 import logging
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -19,6 +22,10 @@ from quartet.scheduler_service.weights.formats import weight_files
 log = logging.getLogger(__name__)
 
 NAME = "weights.json"
+FIRST = "first_weights.json"  # of all schedulers of the server
+DUMMY = "dummy"  # the load format that reads no file
+
+Files = dict[str, list[int]]  # name → size and time of change (ns), as they were read
 
 
 class Committed(msgspec.Struct, kw_only=True):
@@ -28,9 +35,32 @@ class Committed(msgspec.Struct, kw_only=True):
     model_dir: str  # where that was found
     weight_version: str  # what the weights of that directory are called
     load_format: str = "auto"
-    files: dict[str, list[int]] = {}  # name → size and time of change (ns), as they were read
+    files: Files = {}
     schemes: list[WeightScheme] | None = None  # of the quantized weights
     patched: bool = False  # later updates came in requests, not from that directory; their versions are not recorded
+
+    @classmethod
+    def at_start(cls, config: ResolvedConfig) -> "Committed":
+        """What a scheduler loads, with the files that are there now. Raises CheckpointError."""
+        return cls(
+            model_path=config.model_path,
+            model_dir=config.model_dir,
+            weight_version=config.weight_version,
+            load_format=config.load_format,
+            files={} if config.load_format == DUMMY else files_of(Path(config.model_dir)),
+            schemes=config.weight_schemes,
+        )
+
+    @property
+    def weight_files(self) -> str:
+        """A name for what was read: equal where the files were; "" where there were none."""
+        content = msgspec.json.encode(self.files, order="deterministic")
+        return hashlib.blake2b(content, digest_size=8).hexdigest() if self.files else ""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the gateway has to know."""
+        return {"model_path": self.model_path, "weight_files": self.weight_files}
 
 
 def write_record(run_dir: str, committed: Committed) -> None:
@@ -43,10 +73,32 @@ def read_record(run_dir: str) -> Committed | None:
     return records.read_record(run_dir, NAME, Committed)
 
 
-def files_of(directory: Path) -> dict[str, list[int]]:
-    """The checkpoint's files as `Committed.files` has them."""
+def files_of(directory: Path) -> Files:
+    """The checkpoint's files as `Committed.files` has them. Raises CheckpointError."""
     found = {str(path.relative_to(directory)): path.stat() for path in weight_files(directory) if path.exists()}
     return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
+
+
+def begin(config: ResolvedConfig, own_dir: str, run_dir: str) -> None:
+    """Record what is about to be read, where this scheduler has not read anything yet. Raises StartupError.
+
+    Where files are written to while several schedulers start, those that read other files than the first one see it.
+    """
+    if read_record(own_dir) is not None:
+        return
+    try:
+        records.write_first(run_dir, FIRST, Committed.at_start(config))
+        first = records.read_record(run_dir, FIRST, Committed)
+        assert first is not None, "somebody has written it"
+        write_record(own_dir, first)
+    except OSError as error:
+        raise StartupError(f"the weights to be read could not be recorded: {error}") from error
+
+
+def check_unchanged(before: Committed, started: ResolvedConfig, run_dir: str) -> None:
+    """Raise StartupError where files were written to while they were read. `before`: what `restored` has led to."""
+    if Committed.at_start(restored(started, run_dir)) != before:
+        raise StartupError(f"{before.model_dir} was written to while its weights were read; start again behind that")
 
 
 def restored(config: ResolvedConfig, run_dir: str) -> ResolvedConfig:

@@ -92,13 +92,7 @@ class Updates:
         self.leaving: set[str] = set()  # and of those that are being left
         self.lost: set[str] = set()  # tensors whose values were lost when their memory was released
         self.commands: deque[object] = deque()  # those that need the weights for themselves, in order; the first runs
-        self.committed = Committed(
-            model_path=config.model_path,
-            model_dir=config.model_dir,
-            weight_version=config.weight_version,
-            load_format=config.load_format,
-            files=record.files_of(Path(config.model_dir)),
-        )
+        self.committed = Committed.at_start(config)
         self._second: Weights | None = None
         self._record_lock = threading.Lock()
 

@@ -9,10 +9,10 @@ import transformers
 
 from quartet.kernels.cpu.native.quantized import INT8, rounded
 from quartet.runtime.errors import StartupError
+from quartet.runtime.memory_tags import WEIGHTS
 from quartet.runtime.messages import LogprobOptions
 from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
-from quartet.scheduler_service.execution.memory_saver import WEIGHTS
 from quartet.scheduler_service.execution.rank_memory import LeadingSaver
 from quartet.scheduler_service.execution.rank_updates import LeadingUpdates
 from quartet.scheduler_service.execution.ranks import LeadingSteps

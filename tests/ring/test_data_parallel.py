@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def server(launch_for_module: Callable[..., Server], models: list[Path]) -> Server:
     flags = ("--model-path", str(models[0]), "--dp-size", "2", "--enable-metrics", "--enable-lora", *FLAGS)
+    flags += ("--enable-memory-saver", "--enable-weights-cpu-backup", "--max-restarts", "100")
     return launch_for_module(*flags, standby=True)
 
 
@@ -97,6 +99,69 @@ def test_requests_of_a_dead_scheduler_go_on_elsewhere_before_it_is_back(server: 
     assert log.index("requests are sent again") < log.index("takes requests")
     assert {event["meta_info"]["dp_rank"] for stream in streams for event in stream.events} == {0, 1}
     assert generate(server, PROMPTS[0], data_parallel_rank=1)["dp_rank"] == 1
+
+
+def test_a_pause_and_released_memory_outlast_whoever_dies(server: Server) -> None:
+    stream = Stream(server.url, {**BODIES[0], "data_parallel_rank": 1})
+    stream.reach(5)
+    assert post(server, "/pause_generation", {"mode": "retract"}).status_code == 200
+    assert post(server, "/release_memory_occupation", {"tags": ["kv_cache"]}).status_code == 200
+    made = stream.made
+    for title, back in ((f"scheduler DP{rank}", f"The scheduler DP{rank} takes requests") for rank in (1, 0)):
+        start = len(server.log)
+        server.children()[title].kill()
+        server.wait_for_match(back, start, WAIT_S)
+    assert post(server, "/continue_generation", {}).status_code == 200
+    assert "kv_cache" in requests.get(f"{server.url}/readyz", timeout=WAIT_S).text
+    assert stream.made <= made + 1  # what was on its way
+    assert post(server, "/resume_memory_occupation", {}).status_code == 200
+    assert stream.answers()[0]["completion_tokens"] == 120
+
+
+def test_a_pause_that_a_scheduler_takes_to_its_grave_is_made_up_for(server: Server) -> None:
+    answers: list[requests.Response] = []
+    start, victim = len(server.log), server.children()["scheduler DP1"]
+    victim.suspend()
+    pause = threading.Thread(target=lambda: answers.append(post(server, "/pause_generation", {"mode": "in_place"})))
+    pause.start()
+    wait_for(lambda: "paused" in requests.get(f"{server.url}/readyz", timeout=WAIT_S).text)
+    victim.kill()
+    pause.join(WAIT_S)
+    assert answers[0].status_code == 503
+    server.wait_for_match(r"The scheduler DP1 takes requests", start, WAIT_S)
+    stream = Stream(server.url, {**BODIES[0], "data_parallel_rank": 1})
+    wait_for(lambda: waiting(server) == [0, 1])
+    assert post(server, "/continue_generation", {}).status_code == 200
+    assert stream.answers()[0]["completion_tokens"] == 120
+
+
+def waiting(server: Server) -> list[int]:
+    """How many requests wait in each scheduler."""
+    states = requests.get(f"{server.url}/get_server_info", timeout=WAIT_S).json()["internal_states"]
+    return [state["num_queue_reqs"] for state in states]
+
+
+def test_files_that_were_rewritten_before_a_first_death_are_served_by_nobody_until_an_update(
+    server: Server, models: list[Path]
+) -> None:
+    place = Path(shutil.copytree(models[0], models[0].parent / "kept"))
+    shutil.copyfile(models[1] / "model.safetensors", models[0] / "model.safetensors")
+    start = len(server.log)
+    server.children()["scheduler DP0"].kill()
+    server.wait_for_match(r"The weights of scheduler DP0 were rewritten", start, WAIT_S)
+    told = [generate(server, "Hello", data_parallel_rank=rank) for rank in (0, 1)]
+    assert {(meta["dp_rank"], meta["weight_version"]) for meta in told} == {(1, "default")}
+    assert left_out(server) == [0]
+    shutil.copyfile(place / "model.safetensors", models[0] / "model.safetensors")
+    assert update(server, models[0], "default").status_code == 200
+    assert len(checksums(server)) == 1
+    assert generate(server, "Hello", data_parallel_rank=0)["dp_rank"] == 0
+    assert left_out(server) == []
+
+
+def left_out(server: Server) -> list[int]:
+    found: list[int] = requests.get(f"{server.url}/get_server_info", timeout=WAIT_S).json()["left_out_dp_ranks"]
+    return found
 
 
 def test_an_update_reaches_both_or_none_and_no_stream_is_lost(server: Server, models: list[Path]) -> None:

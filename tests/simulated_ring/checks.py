@@ -206,6 +206,7 @@ def check_leftovers(simulation: "Simulation") -> None:
     for process in schedulers:
         check_scheduler(simulation, process)
     check_adapters(simulation, schedulers)
+    simulation.directories.check()
     check_levelled(simulation, ring.schedulers)
 
 

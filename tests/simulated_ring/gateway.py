@@ -12,6 +12,7 @@ from quartet.http_gateway.ring.journal import JournalEntry
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.control import (
+    REWRITTEN,
     ContinueGeneration,
     ControlCommand,
     PauseGeneration,
@@ -24,6 +25,7 @@ from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.sockets import decode, encode
 from tests.configs import resolved
 from tests.simulated_ring.clock import Agenda, TurnLoop
+from tests.simulated_ring.directories import Directories
 from tests.simulated_ring.faults import hold
 from tests.simulated_ring.load import VOCAB_SIZE, Call, Operator
 from tests.simulated_ring.services import FIRST_VERSION, GATEWAY, Killed, Process
@@ -47,12 +49,12 @@ MODEL = ModelInfo(
 class Watch:
     """Sees every text and reply that reaches the gateway, in order, and knows what the operator was promised."""
 
-    def __init__(self, operator: Operator) -> None:
+    def __init__(self, operator: Operator, directories: Directories) -> None:
         self.paused = False  # for sure: a pause was answered, and nothing was sent since that ends it
         self.asleep = False  # likewise: memory was released
         self.weight_version: str | None = FIRST_VERSION  # for sure: an update was answered, and none was sent since
         self.ended_before = 0  # serial of a pause that has ended all requests before it
-        self._operator = operator
+        self._operator, self._directories = operator, directories
 
     def count_delta(self, entry: JournalEntry, text: Text, now: float) -> None:
         """As quartet.http_gateway.http.metrics.Metrics."""
@@ -61,8 +63,11 @@ class Watch:
         hold(not (tokens.ids and self.asleep), tokens.rid, "goes on without memory")
         hold(not (tokens.ids and entry.serial < self.ended_before), tokens.rid, "goes on though a pause has ended it")
         if tokens.ids and self.weight_version is not None:
-            right = tokens.weight_version == self.weight_version
-            hold(right, tokens.rid, "has a token of", tokens.weight_version, "while", self.weight_version, "serves")
+            right = {self.weight_version}
+            if self._directories.are_rewritten:  # those of all schedulers, perhaps
+                right.add(REWRITTEN.format(self.weight_version))
+            made = tokens.weight_version
+            hold(made in right, tokens.rid, "has a token of", made, "while", self.weight_version, "serves")
 
     def sends(self, command: ControlCommand) -> None:
         match command:
@@ -81,8 +86,9 @@ class Watch:
                 self.ended_before = int(serial(reply.id)) if pause.ends_requests else self.ended_before
             case ReleaseMemory() if reply.success:
                 self.asleep = True
-            case UpdateWeightsFromDisk(weight_version=version) if reply.success:
+            case UpdateWeightsFromDisk(weight_version=version) as update if reply.success:
                 self.weight_version = version
+                self.paused = self.paused or update.keep_pause
 
 
 class GatewayProcess(Process):

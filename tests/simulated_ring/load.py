@@ -22,6 +22,7 @@ from quartet.runtime.control import (
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, LogprobOptions, Message, Reply, Request, Text, pack_ids
 from quartet.runtime.sampling import SamplingParams
+from tests.simulated_ring.directories import NEW_PATH
 from tests.simulated_ring.services import POISON
 from tests.tokenizers_to_try import KINDS
 
@@ -188,6 +189,11 @@ class Operator:
         order.answered = next_order()
         return order
 
+    def update(self, model_path: str) -> UpdateWeightsFromDisk:
+        """To a version of its own."""
+        self._version += 1
+        return UpdateWeightsFromDisk(model_path=model_path, weight_version=f"v{self._version}")
+
     def draw(self) -> ControlCommand:
         random = self._random
         kind = random.choice(["flush", "probe", "pause", "continue", "continue", "update", "text", "ids"])
@@ -205,11 +211,8 @@ class Operator:
             case "ids":
                 return Detokenize(ids=[pack_ids([5, 6, 7])])
             case _:
-                self._version += 1
-                return UpdateWeightsFromDisk(
-                    model_path=random.choice(["new", "new", "new", "broken"]),
-                    weight_version=f"v{self._version}",
-                    abort_all_requests=random.random() < 0.2,
-                    retract=random.random() < 0.2,
-                    flush_cache=random.random() < 0.8,
-                )
+                update = self.update(random.choice([NEW_PATH, NEW_PATH, NEW_PATH, "broken"]))
+                update.abort_all_requests = random.random() < 0.2
+                update.retract = random.random() < 0.2
+                update.flush_cache = random.random() < 0.8
+                return update

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from random import Random
 
 from quartet.runtime.control import ControlCommand, ReleaseMemory, ResumeMemory
-from quartet.scheduler_service.execution.memory_saver import KV_CACHE, NEEDED, TAGS, WEIGHTS
+from quartet.runtime.memory_tags import KV_CACHE, NEEDED, TAGS, WEIGHTS
 from tests.fakes import UNSEEN
 from tests.simulated_ring.disks import Cells
 

@@ -35,13 +35,13 @@ from quartet.scheduler_service.scheduler import Scheduler
 from tests.fakes import FakeGrammars, FakeWorker, looping_token
 from tests.simulated_ring.adapters import SUFFIXES, AdapterRun, VirtualStore
 from tests.simulated_ring.clock import Agenda
+from tests.simulated_ring.directories import FIRST_PATH, Directories
 from tests.simulated_ring.disks import BLOCK_TOKENS, BlockDisk, Cells, TierSettings, VirtualPart, identity_of, mark_of
 from tests.simulated_ring.faults import hold
 from tests.simulated_ring.group import BROKEN, Group, Hangs
 from tests.simulated_ring.memory import FAILS, VirtualSaver
 from tests.simulated_ring.services import FIRST_VERSION, POISON, SCHEDULER, Killed, Process
 
-FIRST_PATH = "model"
 MOST_STAGING_TURNS = 6
 
 
@@ -56,6 +56,7 @@ class Worker(FakeWorker):
         self.group: Group | None = None  # of tensor parallel
         self.adapters: VirtualStore | None = None
         self.launches = 0
+        self.directories, self.weight_files = Directories(), ""
         self._begun: set[Sequence] = set()
         self._suffix = ""  # what the adapter of the slice that is drawn adds to the label of the weights
         self._point = point
@@ -80,6 +81,7 @@ class Worker(FakeWorker):
         return results
 
     def _launch(self, plan: Plan) -> list[Result]:
+        self.directories.compute(self.weight_version, self.weight_files)
         for part in plan.slices:
             mark = mark_of(self.weight_version + self.suffix_of(part.sequence))
             self._check_prefix(part, mark)
@@ -132,20 +134,30 @@ class State(DurableState):
 class Disk:
     """What outlasts a scheduler besides its durable state: which weights were committed last, and each rank's KV."""
 
-    def __init__(self, run_dir: str, ranks: int) -> None:
+    def __init__(self, run_dir: str, ranks: int, directories: Directories) -> None:
         Path(run_dir).mkdir()
         self.run_dir = run_dir
-        self.model_path, self.weight_version = FIRST_PATH, FIRST_VERSION
+        self.directories = directories
+        self.commit(FIRST_PATH, directories.files(FIRST_PATH), FIRST_VERSION)
         self.blocks = [BlockDisk() for _ in range(ranks)]
+
+    def commit(self, model_path: str, weight_files: str, weight_version: str) -> None:
+        """Record what serves."""
+        self.model_path, self.weight_files, self.weight_version = model_path, weight_files, weight_version
+
+    @property
+    def version_there(self) -> str:
+        """What a scheduler that starts calls the weights that it finds."""
+        return self.directories.version(self.model_path, self.weight_files, self.weight_version)
 
 
 class RingScheduler(Scheduler):
     """As the real one, which knows the path of its weights by what updates them."""
 
-    model_path = FIRST_PATH
+    model_path = weight_files = ""
 
     def state(self) -> dict[str, Any]:
-        return {"model_path": self.model_path, **super().state()}
+        return {"model_path": self.model_path, "weight_files": self.weight_files, **super().state()}
 
 
 class Progress:
@@ -177,7 +189,7 @@ class SchedulerProcess(Process):
         self.disk, self.random, self.carried_out, self.pid = disk, random, carried_out, pid
         self.worker = Worker(
             self.point,
-            disk.weight_version,
+            disk.version_there,
             page_size=config.page_size,
             page_count=config.total_pages,
             max_running_requests=config.max_running,
@@ -191,7 +203,7 @@ class SchedulerProcess(Process):
             self.group = Group(
                 self.worker.cells, disk.weight_version, tier, disk.blocks, agenda, random, lambda: on_death(self)
             )
-        self.worker.group = self.group
+        self.worker.group, self.worker.directories = self.group, disk.directories
         self.worker.recurrent = config.snapshots is not None
         self.adapters = self.worker.adapters = adapters and VirtualStore(
             adapters, disk.run_dir, self.schedulers, self.rank, random, self.point
@@ -223,11 +235,16 @@ class SchedulerProcess(Process):
             saver=self.saver,  # type: ignore[arg-type]
             clock=lambda: agenda.now,
         )
-        self.scheduler.model_path = disk.model_path
+        self.serve_from(disk.model_path, disk.directories.files(disk.model_path))
         self.scheduler.commands = CommandRunner({**HANDLERS, UpdateWeightsFromDisk: self.update_weights})
         durable_state.restore(self.scheduler)
         if self.saver is not None:
             self.saver.fails = FAILS
+
+    def serve_from(self, model_path: str, weight_files: str) -> None:
+        """The weights that serve are these."""
+        self.scheduler.model_path = model_path
+        self.scheduler.weight_files = self.worker.weight_files = weight_files
 
     def _make_tier(self, planner: Planner, settings: TierSettings) -> KvTierStore:
         """As `execution.kv_tier.tier_store`."""
@@ -343,8 +360,10 @@ class SchedulerProcess(Process):
             staged = yield from self.group.in_background(partial(self.group.updates.from_disk, path, "auto", None))
         elif command.model_path == BROKEN:
             raise CommandRefused("nothing was changed")
+        read = self.disk.directories.files(command.model_path)
         try:
-            of_all = yield from agreed(scheduler, command)
+            control_weights.refuse_other_files(command, read)
+            of_all = yield from agreed(scheduler, command, read)
         except CommandRefused:
             if self.group is not None:
                 self.group.updates.drop_staged()
@@ -359,11 +378,12 @@ class SchedulerProcess(Process):
             self.group.updates.swap(staged, version)
         self.carried_out.append((self.key, self.epoch, command.id))
         self.worker.weight_version = version
-        self.scheduler.model_path = command.model_path
+        self.serve_from(command.model_path, read)
+        scheduler.planner.paused = scheduler.planner.paused or command.keep_pause
         scheduler.planner.forget_prefixes(free=command.flush_cache)
         yield from self._beside()
         self.point()
-        self.disk.model_path, self.disk.weight_version = command.model_path, self.worker.weight_version
+        self.disk.commit(command.model_path, read, self.worker.weight_version)
         self.point()
         return [Reply(id=command.id)]
 

@@ -8,7 +8,7 @@ request and command, and at what is left behind.
 Some processes hang for a while before they die, and some say what none should (`tests/wrong_messages.py`). In some
 runs a scheduler is a group of ranks (`group.py`), one of which may die or hang, in some it keeps KV beyond the pool
 (`disks.py`), on disks that are slow, fail and lose blocks, in some it has LoRA adapters (`adapters.py`), in some its
-memory is released (`memory.py`).
+memory is released (`memory.py`), in some the files of its weights are written to (`directories.py`).
 
 Left out: HTTP; the supervisor's budget and how it finds a hang; draining; the pool of threads that compiles grammars;
 updates and adapters over the wire, adapters and released memory of groups of ranks; frames above the size limit. A
@@ -23,23 +23,26 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from quartet.http_gateway.ring.aborts import matches
-from quartet.runtime.control import Abort, ContinueGeneration, ControlCommand, Detokenize, Probe, ResumeMemory, Tokenize
+from quartet.runtime.control import Abort, ControlCommand, Detokenize, Probe, Tokenize, UpdateWeightsFromDisk
 from quartet.runtime.messages import Generate, Message, Text, Tokenized, Tokens, process_key
 from quartet.runtime.sockets import encode
 from tests.simulated_ring import adapters as adapting
 from tests.simulated_ring import memory, services
 from tests.simulated_ring.checks import check
 from tests.simulated_ring.clock import Action, Agenda
+from tests.simulated_ring.directories import FIRST_PATH, NEW_PATH, Directories, rewrites_of
 from tests.simulated_ring.disks import snapshots_of, tier_of
 from tests.simulated_ring.gateway import GatewayProcess, Watch
 from tests.simulated_ring.group import ranks_of
 from tests.simulated_ring.links import Inbox, Link
-from tests.simulated_ring.load import Call, Clients, Operator, Order, is_done, vocabulary
+from tests.simulated_ring.load import Call, Clients, Operator, Order, vocabulary
+from tests.simulated_ring.rest import come_to_rest
 from tests.simulated_ring.scheduler import Disk, SchedulerProcess
 from tests.simulated_ring.services import (
     DETOKENIZER,
@@ -57,7 +60,6 @@ from tests.simulated_ring.trace import line
 from tests.simulated_ring.turns import Turns
 from tests.wrong_messages import MESSAGES, wrong
 
-PAUSED_S = 100.0  # a pause lasts at the end of a run, at most
 HORIZON_S = 1.0  # of the load and the deaths
 MOST_POINTS = 8  # of a process until a death that is due
 COME_AGAIN_S = 0.05  # clients that find no gateway
@@ -67,6 +69,7 @@ FORGERIES = [m for m in MESSAGES if isinstance(m, Generate | Tokenized | Tokens 
 DYING = ROLES[:3]
 ADAPTER_COMMANDS = 0.6  # the share of commands, in a run with adapters
 MEMORY_COMMANDS = 0.4  # likewise, in one with memory that is released
+KEEPS_PAUSE = 0.2  # the share of updates behind which generation is paused
 DYING_WHERE_LEVELLED = (*[SCHEDULER] * 4, *[GATEWAY] * 2, TOKENIZER, DETOKENIZER)
 
 
@@ -89,9 +92,11 @@ class Simulation:
         self.adapters = adapting.adapters_of(seed, always=levelling) if self.ranks == 1 else None
         self.saves_memory = self.ranks == 1 and memory.saves_memory(seed)
         self.beside = Random(f"beside {seed}")  # for what these do
+        self.directories = Directories()
+        self.rewrites = rewrites_of(seed) if self.ranks == 1 and self.schedulers > 1 else 0
         self.roles = {process_key(role, rank): (role, rank) for role in ROLES for rank in range(self._count(role))}
         self.clients, self.operator = Clients(random, likes_prefixes=self.tier is not None), Operator(random)
-        self.watch = Watch(self.operator)
+        self.watch = Watch(self.operator, self.directories)
         self.config = planner_config(random)
         self.depth = 0 if self.config.drafts else random.choice([0, 1])
         if snapshots is not None:
@@ -114,7 +119,8 @@ class Simulation:
             self.run_dir = run_dir
             if self.adapters is not None:
                 self.adapters.write_files(run_dir)
-            self.disks = [Disk(str(Path(run_dir) / str(rank)), self.ranks) for rank in range(self.schedulers)]
+            own = [str(Path(run_dir) / str(rank)) for rank in range(self.schedulers)]
+            self.disks = [Disk(run_dir, self.ranks, self.directories) for run_dir in own]
             for key in self.roles:
                 self._start(key, 0)
             self.turns.shuffle()
@@ -122,7 +128,7 @@ class Simulation:
             self._plan()
             self.turns.run_until(lambda: self.deaths_are_over)
             self.turns.level()
-            self._come_to_rest()
+            come_to_rest(self)
             check(self)
 
     def _count(self, role: str) -> int:
@@ -155,6 +161,9 @@ class Simulation:
             self._sometime(self._forge)
         for _ in range(10 if self.levelling else 0):
             self._sometime(lambda: self._kill(random.choice(DYING_WHERE_LEVELLED)))
+        for _ in range(self.rewrites):
+            path = self.beside.choice([FIRST_PATH, NEW_PATH])
+            self.agenda.after(self.beside.uniform(0, HORIZON_S), partial(self.directories.rewrite, path))
         self._employ_operator(12 if self.levelling else random.choice([0, 2, 6, 12]))
         self.agenda.after(HORIZON_S, self._end_deaths)
 
@@ -213,14 +222,16 @@ class Simulation:
         for _ in range(commands):
             await asyncio.sleep(self.random.uniform(0, HORIZON_S / 6))
             command = self.operator.draw()
+            if isinstance(command, UpdateWeightsFromDisk) and self.levelling:
+                command.keep_pause = self.beside.random() < KEEPS_PAUSE
             if self.adapters is not None and self.beside.random() < ADAPTER_COMMANDS:
                 command = adapting.draw_command(self.adapters, self.beside)
             elif self.saves_memory and self.beside.random() < MEMORY_COMMANDS:
                 command = memory.draw_command(self.beside)
-            await self._command(gateway, command)
+            await self.command(gateway, command)
         self._operates = False
 
-    async def _command(self, gateway: GatewayProcess, command: ControlCommand) -> Order:
+    async def command(self, gateway: GatewayProcess, command: ControlCommand) -> Order:
         self.watch.sends(command)
         return await self.operator.carry_out(gateway.ring, command, self._next_order)
 
@@ -368,20 +379,6 @@ class Simulation:
         """Nothing happens before something is due."""
         links = all(link.at_rest for link in self.links.values())
         return links and all(process.hung or process.at_rest for process in self.processes.values())
-
-    def _come_to_rest(self) -> None:
-        """Let everything end, what a pause or the lack of memory holds up as well."""
-        last: list[Order] = []
-        while not (last and all(map(is_done, last))):
-            self.turns.run_for(PAUSED_S)  # not until nothing is due: some look again and again whether a pause is over
-            last = []
-            gateway = self.processes[GATEWAY]
-            gateway.loop.create_task(self._wake(gateway, last))
-            self.turns.run_until(lambda: False)
-
-    async def _wake(self, gateway: GatewayProcess, orders: list[Order]) -> None:
-        commands = [*([ResumeMemory()] if self.saves_memory else []), ContinueGeneration()]
-        orders += [await self._command(gateway, command) for command in commands]
 
     def note(self, role: str, verb: str, messages: Sequence[Message]) -> None:
         if self._trace is not None:

@@ -9,10 +9,12 @@ from quartet.http_gateway.ring.decided import REMEMBERED, Decided, Served
 from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
 from quartet.runtime.control import (
     REWRITTEN,
+    ContinueGeneration,
     ControlCommand,
     FlushCache,
     PauseGeneration,
     ReleaseMemory,
+    ResumeMemory,
     UpdateWeightsFromDisk,
     UpdateWeightVersion,
 )
@@ -43,11 +45,51 @@ def missing(decided: Decided, own: Served) -> list[ControlCommand]:
         (UnloadAdapter(lora_name="a"), Served("m", "v0")),
         (UnloadAdapter(lora_name="b"), FIRST.served),
         (FlushCache(), FIRST.served),
-        (PauseGeneration(), FIRST.served),
+        (PauseGeneration(), Served("m", "v0", frozenset({A}), paused=True)),
+        (ContinueGeneration(), FIRST.served),
+        (
+            UpdateWeightsFromDisk(model_path="n", weight_version="v1", keep_pause=True),
+            Served("n", "v1", frozenset({A}), paused=True),
+        ),
+        (ReleaseMemory(tags=["kv_cache"]), Served("m", "v0", frozenset({A}), released=frozenset({"kv_cache"}))),
+        (ReleaseMemory(), Served("m", "v0", frozenset({A}), released=frozenset({"kv_cache", "weights"}))),
+        (ReleaseMemory(tags=["cuda_graph"]), FIRST.served),
+        (ResumeMemory(), FIRST.served),
     ],
 )
 def test_each_command_decides_what_it_asks_for(command: ControlCommand, served: Served) -> None:
     assert FIRST.after(command).served == served
+
+
+def test_a_pause_and_released_memory_last_until_they_are_ended() -> None:
+    resting = after(
+        PauseGeneration(), ReleaseMemory(), UpdateWeightVersion(new_version="v1"), PauseGeneration(mode="abort")
+    )
+    assert resting.served.rest == (True, frozenset({"weights", "kv_cache"}))
+    one_back = resting.after(ResumeMemory(tags=["weights"]))
+    assert one_back.served.rest == (True, frozenset({"kv_cache"}))
+    assert one_back.after(ResumeMemory(tags=["kv_cache", "unknown"])) == one_back, "it is refused"
+    assert one_back.after(ResumeMemory()).after(ContinueGeneration()).served.rest == (False, frozenset())
+
+
+def test_who_comes_back_awake_rests_first_and_who_has_to_go_on_does_so_last() -> None:
+    other = Served("n", "v9", frozenset({("b", "/b", False)}))
+    resting = after(PauseGeneration(), ReleaseMemory(tags=["kv_cache"]))
+    kinds = [type(command) for command in missing(resting, other)]
+    assert kinds == [PauseGeneration, UpdateWeightsFromDisk, UnloadAdapter, LoadAdapter, ReleaseMemory]
+    assert not resting.may_be_asked(FIRST.served)
+    asleep = msgspec.structs.replace(other, paused=True, released=frozenset({"weights", "kv_cache"}))
+    kinds = [type(command) for command in missing(FIRST, asleep)]
+    assert kinds == [ResumeMemory, UpdateWeightsFromDisk, UnloadAdapter, LoadAdapter, ContinueGeneration]
+    assert not FIRST.may_be_asked(msgspec.structs.replace(FIRST.served, paused=True))
+
+
+def test_weights_are_not_read_while_their_memory_is_to_be_released() -> None:
+    resting = after(ReleaseMemory(tags=["weights"]))
+    own = msgspec.structs.replace(resting.served, weight_version="v9")
+    assert missing(resting, own) == []
+    awake = msgspec.structs.replace(own, released=frozenset())
+    assert [type(command) for command in missing(resting, awake)] == [UpdateWeightsFromDisk, ReleaseMemory]
 
 
 def test_whoever_serves_what_was_decided_lacks_nothing_and_may_be_asked() -> None:
@@ -73,10 +115,29 @@ def test_other_weights_are_read_and_other_names_of_the_same_ones_given() -> None
 
 
 def test_a_directory_that_was_written_again_since_is_noticed_under_every_name_of_its_weights() -> None:
-    named = after(UpdateWeightVersion(new_version="v1"))
-    for version in ("v0", "v1"):
-        assert named.is_rewritten(Served("m", REWRITTEN.format(version)))
-    assert not named.is_rewritten(Served("m", REWRITTEN.format("v2")))
+    named = after(UpdateWeightVersion(new_version="v1"), PauseGeneration())
+    for version in ("v0", "v1", REWRITTEN.format("v0"), REWRITTEN.format("v1")):
+        own = Served("m", version, frozenset({A}), weight_files="new")
+        assert named.is_rewritten(own) and not named.may_be_asked(own)
+        assert [type(command) for command in missing(named, own)] == [PauseGeneration], (
+            "but it is paused with the others"
+        )
+    assert not named.is_rewritten(Served("m", REWRITTEN.format("v2"), weight_files="new"))
+    assert not named.is_rewritten(Served("other", "v1", weight_files="new"))
+
+
+def test_weights_of_an_update_are_those_that_all_have_read_and_whoever_reads_them_later_must_find_them() -> None:
+    decided = FIRST.after(UpdateWeightsFromDisk(model_path="n", weight_version="v1"), "read by all")
+    assert decided.served.weights == ("n", "v1", "read by all")
+    [update] = missing(decided, FIRST.served)
+    assert isinstance(update, UpdateWeightsFromDisk) and update.weight_files == "read by all"
+
+
+def test_rewritten_weights_of_all_get_their_name_with_their_files() -> None:
+    named = FIRST.after(UpdateWeightVersion(new_version="v1"), "new")
+    assert named.may_be_asked(Served("m", "v1", frozenset({A}), "new"))
+    own = Served("m", REWRITTEN.format("v0"), frozenset({A}), "new")
+    assert missing(named, own) == [UpdateWeightVersion(new_version="v1", abort_all_requests=False)]
 
 
 def test_adapters_are_unloaded_loaded_and_replaced() -> None:
@@ -98,7 +159,12 @@ def test_who_has_an_adapter_too_many_may_be_asked_and_who_lacks_one_may_not() ->
 def test_of_what_one_says_clients_hear_what_was_decided() -> None:
     adapter = {"name": "a", "path": "/a", "version": "7", "rank": 8, "pinned": False, "loaded": True}
     state = {"model_path": "n", "weight_version": "v9", "paused": True, "adapters": [adapter]}
-    assert FIRST.shown(state) == {"model_path": "m", "weight_version": "v0", "paused": True, "adapters": [adapter]}
+    rest = {"paused": False, "lacks": [], "asleep": False}
+    assert FIRST.shown(state) == {"model_path": "m", "weight_version": "v0", "adapters": [adapter], **rest}
+    resting = after(PauseGeneration(), ReleaseMemory(tags=["weights"]))
+    shown = resting.shown({"paused": False, "lacks": [], "asleep": False})
+    assert (shown["paused"], shown["lacks"], shown["asleep"]) == (True, ["weights"], True)
+    assert FIRST.shown({"paused": False, "lacks": [], "asleep": True})["asleep"], "its weights have still to be written"
     assert FIRST.shown({}) == {"model_path": "m", "weight_version": "v0"}
 
 

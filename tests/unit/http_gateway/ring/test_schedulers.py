@@ -13,7 +13,7 @@ from quartet.http_gateway.ring.decided import Decided, Served
 from quartet.http_gateway.ring.prefix_memory import BLOCK_BYTES, MOST_BLOCKS, PrefixMemory, PromptBlocks, blocks_of
 from quartet.http_gateway.ring.schedulers import MOST_MORE_REQUESTS, Schedulers
 from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
-from quartet.runtime.control import UpdateWeightsFromDisk
+from quartet.runtime.control import PauseGeneration, UpdateWeightsFromDisk, UpdateWeightVersion
 from quartet.runtime.messages import Chat, Facts, Generate, Request, pack_ids
 from quartet.runtime.sampling import SamplingParams
 from tests.unit.http_gateway.harness import asynchronous
@@ -28,7 +28,9 @@ def asked(text: str = "hi", **fields: Any) -> Generate:
 ADAPTER = {"name": "a", "path": "/a", "version": "1", "rank": 4, "pinned": False, "loaded": True}
 
 
-def facts(rank: int, epoch: int = 0, version: str = "v0", path: str = "m", adapters: Sequence[Any] = ()) -> Facts:
+def facts(
+    rank: int, epoch: int = 0, version: str = "v0", path: str = "m", adapters: Sequence[Any] = (), **state: Any
+) -> Facts:
     return Facts(
         rank=rank,
         epoch=epoch,
@@ -36,7 +38,7 @@ def facts(rank: int, epoch: int = 0, version: str = "v0", path: str = "m", adapt
         max_req_input_len=90,
         context_length=100,
         vocab_size=10,
-        state={"model_path": path, "weight_version": version, "adapters": list(adapters)},
+        state={"model_path": path, "weight_version": version, "adapters": list(adapters), **state},
     )
 
 
@@ -173,6 +175,27 @@ def test_a_scheduler_that_lacks_an_adapter_gets_no_requests_and_one_with_too_man
     schedulers.decide(UNLOAD)
     assert schedulers.is_behind(0) and schedulers.is_behind(1)
     assert len(schedulers.serving()) == 2
+
+
+def test_a_scheduler_that_does_not_rest_with_the_others_gets_no_requests() -> None:
+    schedulers = heard()
+    schedulers.decide(PauseGeneration())
+    says(schedulers, facts(0, paused=True))
+    assert schedulers.left_out == [1]
+    assert {schedulers.choose(asked(str(number))) for number in range(4)} == {0}
+    says(schedulers, facts(1, paused=True))
+    assert schedulers.choose(asked("x")) == 1
+    assert schedulers.common(facts(1, epoch=1, paused=False)).state["paused"], "clients hear of what was decided"
+
+
+def test_where_all_serve_something_else_those_that_serve_the_same_get_the_requests() -> None:
+    schedulers = heard(3)
+    for rank, files in enumerate(("x", "y", "x")):
+        says(schedulers, facts(rank, version="v0-rewritten", weight_files=files))
+    assert [one.rank for one in schedulers.serving()] == [0, 2]
+    assert schedulers.targets_of(UpdateWeightVersion(new_version="v1")) == [0, 2]
+    schedulers.decide(UpdateWeightVersion(new_version="v1"))
+    assert schedulers.decided is not None and schedulers.decided.served.weights == ("m", "v1", "x")
 
 
 def test_what_was_decided_is_so_whoever_says_something_else() -> None:

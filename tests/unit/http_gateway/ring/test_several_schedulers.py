@@ -18,6 +18,7 @@ from quartet.runtime.control import (
     PauseGeneration,
     Probe,
     ReleaseMemory,
+    ResumeMemory,
     UpdateWeightsFromDisk,
     UpdateWeightVersion,
 )
@@ -247,9 +248,64 @@ async def test_an_adapter_that_all_have_loaded_may_be_named_though_none_can_read
 
 
 @asynchronous
+async def test_a_pause_that_is_lost_with_a_scheduler_is_made_up_for_before_it_gets_requests() -> None:
+    async with fleet() as ring:
+        task = asyncio.create_task(ring.client.command(PauseGeneration(mode="in_place"), 10))
+        await settle()
+        [first, second] = ring.sent(PauseGeneration)
+        await ring.say(facts(0, paused=True), Reply(id=first.id, rank=first.rank))
+        await ring.end(1)
+        with pytest.raises(RequestError):
+            await task
+        ring.start(1, epoch=1)
+        await settle()
+        [pause] = ring.sent(PauseGeneration)
+        assert (pause.rank, pause.epoch) == (1, 1) and pause.id != second.id
+        ring.client.open([asked("a", 1)])
+        assert ring.generates[-1][:2] == ("a", 0)
+        await ring.say(facts(1, epoch=1, paused=True), Reply(id=pause.id, rank=1))
+        ring.client.open([asked("b", 1)])
+        assert ring.generates[-1][:2] == ("b", 1)
+
+
+@asynchronous
+async def test_memory_that_one_could_not_take_is_taken_when_there_is_some() -> None:
+    async with fleet() as ring:
+        ring.client.schedulers.decide(ReleaseMemory())
+        await ring.say(*(facts(rank, lacks=["kv_cache", "weights"]) for rank in (0, 1)))
+        task = asyncio.create_task(ring.client.command(ResumeMemory(), 10))
+        await settle()
+        id = ring.sent(ResumeMemory)[0].id
+        await ring.say(facts(0), Reply(id=id, rank=0))
+        ring.transport.sent.clear()
+        await ring.say(Reply(id=id, rank=1, success=False, status=503, message="no room"))
+        assert not (await task).success
+        await ring.say(facts(1, lacks=["kv_cache", "weights"]))
+        [resume] = ring.sent(ResumeMemory)
+        assert (resume.rank, resume.tags) == (1, ["kv_cache", "weights"])
+
+
+@pytest.mark.parametrize("other", ["read", "rewritten"])
+@asynchronous
+async def test_an_update_is_made_only_where_all_have_read_the_same_files(other: str) -> None:
+    async with fleet() as ring:
+        task, id = await updating(ring)
+        await ring.say(*(Prepared(id=id, rank=rank, weight_files=read) for rank, read in enumerate(("read", other))))
+        decided = ring.client.schedulers.decided
+        assert decided is not None
+        if other == "read":
+            assert decisions(ring) == {(0, ""), (1, "")}
+            assert decided.served.weights == ("n", "v1", "read")
+        else:
+            assert {("rewritten while" in reason) for _, reason in decisions(ring)} == {True}
+            assert decided.served.weights == ("m", "v0", "")
+        task.cancel()
+
+
+@asynchronous
 async def test_an_update_without_a_version_gives_all_the_version_that_was_decided() -> None:
     async with fleet() as ring:
-        await ring.say(facts(1, version="v0-rewritten"))
+        await ring.say(facts(1, version="v0-rewritten", weight_files="new"))
         task = asyncio.create_task(ring.client.command(UpdateWeightsFromDisk(model_path="m"), 10))
         await settle()
         id = ring.sent(UpdateWeightsFromDisk)[0].id
@@ -275,7 +331,7 @@ async def test_a_change_of_a_version_that_was_renamed_meanwhile_is_not_made() ->
         conflict = "Weight version v0 was expected, v9 is served."
         assert decisions(ring) == {(0, conflict), (1, conflict)}
         decided = ring.client.schedulers.decided
-        assert decided is not None and decided.served.weights == ("m", "v9")
+        assert decided is not None and decided.served.weights == ("m", "v9", "")
         for waiting in (task, rename):
             waiting.cancel()
 
@@ -283,7 +339,7 @@ async def test_a_change_of_a_version_that_was_renamed_meanwhile_is_not_made() ->
 @asynchronous
 async def test_weights_that_were_rewritten_do_not_get_the_name_of_the_others() -> None:
     async with fleet() as ring:
-        await ring.say(facts(1, version="v0-rewritten"))
+        await ring.say(facts(1, version="v0-rewritten", weight_files="new"))
         task = asyncio.create_task(ring.client.command(UpdateWeightVersion(new_version="v1"), 10))
         await settle()
         [rename] = ring.sent(UpdateWeightVersion)
@@ -298,7 +354,7 @@ async def test_weights_that_were_rewritten_do_not_get_the_name_of_the_others() -
 @asynchronous
 async def test_where_the_weights_of_all_were_rewritten_a_new_name_is_for_all() -> None:
     async with fleet() as ring:
-        await ring.say(*(facts(rank, version="v0-rewritten") for rank in (0, 1)))
+        await ring.say(*(facts(rank, version="v0-rewritten", weight_files="new") for rank in (0, 1)))
         task = asyncio.create_task(ring.client.command(UpdateWeightVersion(new_version="v1"), 10))
         await settle()
         assert [rename.rank for rename in ring.sent(UpdateWeightVersion)] == [0, 1]
