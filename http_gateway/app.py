@@ -20,7 +20,7 @@ from quartet.http_gateway.http import errors, request_log
 from quartet.http_gateway.http.allowed_sites import AllowedSites, CorsMiddleware, HostMiddleware
 from quartet.http_gateway.http.auth import Access, Keys
 from quartet.http_gateway.native import generate as native
-from quartet.http_gateway.openai import chat, completions, responses, stored_responses, tokens
+from quartet.http_gateway.openai import chat, completions, input_tokens, responses, stored_responses, tokens
 from quartet.http_gateway.routes.endpoint import Endpoint, Guarded, unauthorized
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.middleware import RequestMiddleware
@@ -32,6 +32,7 @@ ENDPOINTS: list[Endpoint] = [
     *completions.ENDPOINTS,
     *chat.ENDPOINTS,
     *responses.ENDPOINTS,
+    *input_tokens.ENDPOINTS,
     *stored_responses.ENDPOINTS,
     *files.ENDPOINTS,
     *batches.ENDPOINTS,

@@ -21,6 +21,7 @@ from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.settings import sites
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+EXPOSED = ("Retry-After", "Request-Id", "X-Request-Id", "Warning")  # headers of answers that scripts of pages may read
 ANY_ADDRESS = frozenset({"0.0.0.0", "::"})  # as a name they lead to this machine
 
 
@@ -145,6 +146,7 @@ class CorsMiddleware(CORSMiddleware):
             allow_origins=[sites.ANY] if allowed_sites.any_origin else [],
             allow_methods=["*"],
             allow_headers=["*"],
+            expose_headers=EXPOSED,
             allow_credentials=not allowed_sites.any_origin,
             allow_private_network=True,
         )

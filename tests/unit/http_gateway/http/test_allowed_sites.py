@@ -112,6 +112,7 @@ async def test_a_trusted_page_may_read_answers_and_send_credentials(origin: str)
     assert answer.status == 200
     assert answer.headers["access-control-allow-origin"] == origin
     assert answer.headers["access-control-allow-credentials"] == "true"
+    assert "Retry-After" in answer.headers["access-control-expose-headers"]
     assert "Origin" in answer.headers["vary"]
 
 
