@@ -74,6 +74,11 @@ class Context(Protocol):
         ...
 
     @property
+    def rank(self) -> int:
+        """Which of several schedulers this is."""
+        ...
+
+    @property
     def epoch(self) -> int:
         """Which incarnation of the scheduler this is."""
         ...
