@@ -515,6 +515,60 @@ async def test_hosted_tools_beside_functions_can_be_left_out_and_the_answer_says
         assert "warning" not in plain.headers
 
 
+@asynchronous
+async def test_the_stream_of_a_background_response_says_what_was_left_out() -> None:
+    async with served(says("x"), leave_out_hosted_tools=True) as server:
+        body = {"input": "hi", "tools": [WEATHER, SEARCH], "background": True, "stream": True}
+        answer = await server.client.post(PATH, body)
+        assert answer.status == 200 and "tools[1] (web_search)" in answer.headers["warning"]
+
+
+@asynchronous
+async def test_the_warning_is_short_however_many_tools_are_left_out() -> None:
+    async with served(says("x"), leave_out_hosted_tools=True) as server:
+        answer = await server.client.post(PATH, {"input": "hi", "tools": [WEATHER, *[SEARCH] * 1000]})
+        warning = answer.headers["warning"]
+        assert answer.status == 200 and len(warning) < 300
+        assert "tools[1] (web_search)" in warning and "and 992 more" in warning
+
+
+@pytest.mark.parametrize("namespaces", [[], [{"type": "namespace", "name": "n", "tools": []}]])
+@asynchronous
+async def test_hosted_tools_are_left_out_beside_functions_only(namespaces: list[dict[str, Any]]) -> None:
+    async with served(says("x"), leave_out_hosted_tools=True) as server:
+        answer = await server.client.post(PATH, {"input": "hi", "tools": [*namespaces, SEARCH]})
+        assert answer.status == 400 and "'web_search' are not supported" in answer.text
+
+
+@asynchronous
+async def test_a_name_that_each_function_gets_is_short() -> None:
+    functions = [{"type": "function", "name": f"f{index}"} for index in range(3)]
+    async with served(says("x")) as server:
+        for chars, status in ((256, 200), (257, 400)):
+            tools = [{"type": "namespace", "name": "n" * chars, "tools": functions}]
+            answer = await server.client.post(PATH, {"input": "hi", "tools": tools})
+            assert answer.status == status
+        assert answer.json()["error"]["message"].endswith("256 characters at most, got 257.")
+
+
+@asynchronous
+async def test_a_hosted_tool_among_those_that_are_allowed_is_named() -> None:
+    async with served(says("x"), leave_out_hosted_tools=True) as server:
+        choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "web_search"}]}
+        answer = await server.client.post(PATH, {"input": "hi", "tools": [WEATHER, SEARCH], "tool_choice": choice})
+        assert answer.status == 400 and "tool 'web_search' not found" in answer.text
+
+
+@asynchronous
+async def test_a_refused_minimum_is_called_as_the_client_has_called_it() -> None:
+    async with served(says("x")) as server:
+        answer = await server.client.post(PATH, {"input": "hi", "min_tokens": -1})
+        error = answer.json()["error"]
+        assert (answer.status, error["param"]) == (400, "min_tokens") and error["message"].startswith("min_tokens")
+        answer = await server.client.post(PATH, {"input": "hi", "min_new_tokens": 2})
+        assert answer.status == 400 and "use `min_tokens`" in answer.text
+
+
 @pytest.mark.parametrize(
     ("tools", "words"),
     [
