@@ -1,6 +1,7 @@
 """The tools of a request of /v1/responses as the functions of a chat completion, and their names in the answer."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +29,8 @@ EXTRAS = (
     "local_shell",
 )
 BETWEEN = "__"  # a namespace and the name of its function
-MOST_NAMESPACE_CHARS = 256  # each of its functions is given the name
+UNREAD = re.compile(r"[^\w.-]")  # is in no name that the formats of calls can all carry
+MOST_NAMESPACE_CHARS = 128  # each of its functions is given the name, and calls with long ones are not read
 MOST_NAMED = 8  # hosted tools in the header Warning: clients refuse long headers
 REFUSED = (
     "{}: tools of type {!r} are not supported, only functions and namespaces of functions: the server runs no tools."
@@ -126,8 +128,8 @@ def namespaced(tool: Mapping[str, Any], where: str) -> list[tuple[FullName, Func
 
 
 def seen_name(namespace: str | None, name: str) -> str:
-    """The name of a function that the model sees."""
-    return f"{namespace.rstrip('_')}{BETWEEN}{name}" if namespace else name
+    """The name of a function that the model sees: a namespace may have a slash or a blank, names in calls may not."""
+    return f"{UNREAD.sub('_', namespace).rstrip('_')}{BETWEEN}{name}" if namespace else name
 
 
 def function_of(tool: Mapping[str, Any], where: str, hint: str = "") -> Function:

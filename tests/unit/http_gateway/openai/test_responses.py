@@ -540,15 +540,44 @@ async def test_hosted_tools_are_left_out_beside_functions_only(namespaces: list[
         assert answer.status == 400 and "'web_search' are not supported" in answer.text
 
 
+@pytest.mark.parametrize("parser", ["hermes", "qwen3_coder"])
+@asynchronous
+async def test_calls_are_read_whatever_is_in_the_name_of_their_namespace(parser: str) -> None:
+    """The second format would take a slash for the end of a name."""
+    calls = {
+        "hermes": '<tool_call>{"name": "a_b_c__close", "arguments": {}}</tool_call>',
+        "qwen3_coder": "<tool_call>\n<function=a_b_c__close>\n</function>\n</tool_call>",
+    }
+    namespace = {**NAMESPACE, "name": "a/b c"}
+    async with served(says(calls[parser]), tool_call_parser=parser) as server:
+        [call] = (await ask(server, tools=[namespace]))["output"]
+        assert (call["namespace"], call["name"]) == ("a/b c", "close")
+        back = [call, {"type": "function_call_output", "call_id": call["call_id"], "output": "closed"}]
+        choice = {"type": "function", "namespace": "a/b c", "name": "close"}
+        await ask(server, input=[{"role": "user", "content": "hi"}, *back], tools=[namespace], tool_choice=choice)
+        assert chat_of(server).messages[1]["tool_calls"][0]["function"]["name"] == "a_b_c__close"
+        assert [tool["function"]["name"] for tool in chat_of(server).tools or ()] == ["a_b_c__close"]
+        assert "a_b_c__close" in str(server.ring.sent[-1].request.params)
+
+
+@asynchronous
+async def test_two_functions_with_one_name_for_the_model_are_refused() -> None:
+    plain = {"type": "function", "name": "agents__close"}
+    for other in (plain, {**NAMESPACE, "name": "agents_"}, {**NAMESPACE, "name": "agents/"}):
+        async with served(says("x")) as server:
+            answer = await server.client.post(PATH, {"input": "hi", "tools": [NAMESPACE, other]})
+            assert answer.status == 400 and "2 tools have the name 'agents__close'" in answer.text
+
+
 @asynchronous
 async def test_a_name_that_each_function_gets_is_short() -> None:
     functions = [{"type": "function", "name": f"f{index}"} for index in range(3)]
     async with served(says("x")) as server:
-        for chars, status in ((256, 200), (257, 400)):
+        for chars, status in ((128, 200), (129, 400)):
             tools = [{"type": "namespace", "name": "n" * chars, "tools": functions}]
             answer = await server.client.post(PATH, {"input": "hi", "tools": tools})
             assert answer.status == status
-        assert answer.json()["error"]["message"].endswith("256 characters at most, got 257.")
+        assert answer.json()["error"]["message"].endswith("128 characters at most, got 129.")
 
 
 @asynchronous
