@@ -130,11 +130,6 @@ class Scheduler:
         return self.clock()
 
     @property
-    def rank(self) -> int:
-        """Which of several schedulers this is."""
-        return self.facts.rank if self.facts else 0
-
-    @property
     def epoch(self) -> int:
         """Which incarnation of the scheduler this is."""
         return self.facts.epoch if self.facts else 0
@@ -359,7 +354,7 @@ class Scheduler:
         """Send messages in one frame; facts as they are now, behind others that were told meanwhile."""
         if messages:
             now = [msgspec.structs.replace(one, state=self.state()) if one is self.facts else one for one in messages]
-            self.outbox.send(signed(now, self.rank))
+            self.outbox.send(signed(now, self.facts.rank if self.facts else 0))
 
     def messages(
         self, updates: Iterable[Update], weight_version: str = "", adapter_versions: Mapping[str, str] | None = None

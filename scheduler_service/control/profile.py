@@ -44,7 +44,8 @@ def start(context: Context, command: StartProfile) -> list[Message]:
         record_shapes=bool(command.record_shapes),
         with_stack=bool(command.with_stack),
     )
-    context.profile = Profile(directory(command.output_dir) / file_name(context.rank, command), steps, recorder)
+    rank = context.facts.rank if context.facts else 0
+    context.profile = Profile(directory(command.output_dir) / file_name(rank, command), steps, recorder)
     log.info("Profiling starts; it ends after %d steps at the latest.", steps)
     return [Reply(id=command.id, message=STARTED)]
 
