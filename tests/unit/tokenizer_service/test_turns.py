@@ -98,6 +98,13 @@ def test_what_a_template_refuses_in_turns_too_is_a_400_with_its_words() -> None:
         rendered(ALTERNATING, messages)
 
 
+def test_messages_that_are_no_turns_are_not_joined() -> None:
+    """A query and a document, which a template for chats refuses: joined, they would be scored as something else."""
+    pair = [message("user", "query"), message("user", "document")]
+    with pytest.raises(RequestError, match="Conversation roles must alternate"):
+        rendered(ALTERNATING, pair, as_it_is=True)
+
+
 def test_calls_and_their_results_stay_where_they_are() -> None:
     call = message("assistant", "", tool_calls=[{"id": "1"}])
     result = message("tool", "42", tool_call_id="1")
