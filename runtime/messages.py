@@ -121,6 +121,7 @@ class Chat(msgspec.Struct, kw_only=True, omit_defaults=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     template_kwargs: dict[str, Any] = {}
+    as_it_is: bool = False  # its messages are no turns: a template that refuses them gets no others
 
 
 class Generate(Message, tag="generate", kw_only=True):

@@ -83,7 +83,7 @@ class ChatTemplate:
         max_chars = limits.TEMPLATE_CHARS_PER_CONTEXT_TOKEN * self._context_length
         self._environment.meter.start(limits.template_cpu_s(len(messages)), max_chars)
         try:
-            prompt = self._prompt(name, variables)
+            prompt = self._prompt(name, variables, chat.as_it_is)
         except TextTooLong as error:
             raise too_long(TOO_LONG.format(error, self._context_length), "messages") from error
         except Exception as error:  # template code may raise anything; all of it is this request's fault
@@ -92,14 +92,14 @@ class ChatTemplate:
             ) from error
         return prompt if final is None else _cut(prompt, final)
 
-    def _prompt(self, name: str, variables: Mapping[str, Any]) -> str:
+    def _prompt(self, name: str, variables: Mapping[str, Any], as_it_is: bool) -> str:
         """The prompt; in turns, where the template refuses the conversation as it stands. Both have one budget."""
         template = self._compiled[name]
         try:
             return template.render(variables)
         except ConversationRefused:
             messages = turns.in_turns(variables["messages"])
-            if messages == variables["messages"]:
+            if as_it_is or messages == variables["messages"]:
                 raise
             return template.render({**variables, "messages": messages})
 

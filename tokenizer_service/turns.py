@@ -5,7 +5,9 @@ others refuse it. For those, the system messages at the beginning become one, la
 which do not move what stands in front of them, and neighbouring messages of the user become one.
 """
 
-from itertools import takewhile
+from collections.abc import Sequence
+from itertools import groupby, takewhile
+from operator import itemgetter
 from typing import Any
 
 Message = dict[str, Any]
@@ -16,22 +18,28 @@ BETWEEN = "\n\n"  # texts that become one message
 def in_turns(messages: list[Message]) -> list[Message]:
     """The messages in such turns."""
     leading = len(list(takewhile(lambda message: message["role"] == "system", messages)))
+    later = [{**message, "role": "user"} if message["role"] == "system" else message for message in messages[leading:]]
     found: list[Message] = []
-    for place, message in enumerate(messages):
-        later = place >= leading and message["role"] == "system"
-        turn = {**message, "role": "user"} if later else message
-        if found and turn["role"] in ("system", "user") and found[-1]["role"] == turn["role"]:
-            found[-1] = {**found[-1], "content": joined(found[-1]["content"], turn["content"])}
-        else:
-            found.append(turn)
+    for role, neighbours in groupby([*messages[:leading], *later], itemgetter("role")):
+        run = list(neighbours)
+        found += [as_one(run)] if role in ("system", "user") else run
     return found
 
 
-def joined(first: Any, second: Any) -> Any:
-    """Two contents as one: texts, or lists of parts where one of them is a list."""
-    if isinstance(first, str) and isinstance(second, str):
-        return f"{first}{BETWEEN}{second}"
-    return [*parts(first), *parts(second)]
+def as_one(messages: Sequence[Message]) -> Message:
+    """Messages of one role as one. A field in which they differ, a name for example, says nothing about the whole."""
+    first, *others = messages
+    if not others:
+        return first
+    same = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+    return {**same, "content": joined([message["content"] for message in messages])}
+
+
+def joined(contents: Sequence[Any]) -> Any:
+    """Contents as one: a text, or a list of parts where one of them is a list."""
+    if all(isinstance(content, str) for content in contents):
+        return BETWEEN.join(contents)
+    return [part for content in contents for part in parts(content)]
 
 
 def parts(content: Any) -> list[Any]:

@@ -147,6 +147,6 @@ def question(request: Request, body: Ranking, document: str, own_template: bool)
     if own_template:
         messages = [{"role": "user", "content": text} for text in (body.query, document)]
         given = {} if body.instruct is None else {"instruct": body.instruct}
-        return Generate(request=request, chat=Chat(messages=messages, template_kwargs=given))
+        return Generate(request=request, chat=Chat(messages=messages, template_kwargs=given, as_it_is=True))
     text = PROMPT.format(instruct=body.instruct or INSTRUCT, query=body.query, document=document)
     return Generate(request=request, text=text)

@@ -76,6 +76,7 @@ RESPONSES: Mapping[str, str] = {
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_new_tokens"), use("max_output_tokens")),
     **dict.fromkeys(("response_format", "json_schema"), use("text.format")),
     "reasoning_effort": use("reasoning.effort"),
+    "min_new_tokens": use("min_tokens"),
     "messages": use("input"),
 }
 MESSAGES: Mapping[str, str] = {

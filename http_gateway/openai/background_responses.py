@@ -6,7 +6,7 @@ server ended: what is true as soon as nobody overwrites it.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -108,7 +108,7 @@ async def begin(gateway: Gateway, http: HTTPRequest, call: ResponseCall) -> Resp
     return (
         errors.json_response(first, headers=call.headers)
         if background.events is None
-        else follow(http, background.events)
+        else follow(http, background.events, headers=call.headers)
     )
 
 
@@ -123,7 +123,9 @@ async def opened(gateway: Gateway, call: ResponseCall) -> RequestGroup:
         raise
 
 
-def follow(http: HTTPRequest, events: EventLog, start: int | None = None) -> EventStream:
+def follow(
+    http: HTTPRequest, events: EventLog, start: int | None = None, headers: Mapping[str, str] | None = None
+) -> EventStream:
     """The stream of a response from event number `start` on. The response goes on when the client leaves.
 
     Without `start`, the client is the one that has created the response: it gets all events, kept or not.
@@ -141,7 +143,8 @@ def follow(http: HTTPRequest, events: EventLog, start: int | None = None) -> Eve
         finally:
             watcher.cancel()
 
-    return EventStream(chunks(), StreamFormat(lambda error: error_event(error, start or 0), b"error", end=b""))
+    form = StreamFormat(lambda error: error_event(error, start or 0), b"error", end=b"", headers=headers or {})
+    return EventStream(chunks(), form)
 
 
 async def watch(http: HTTPRequest, events: EventLog, left: asyncio.Event) -> None:

@@ -30,8 +30,9 @@ Raws = list[msgspec.Raw]
 
 
 class Output(msgspec.Struct):
-    """The items of a response that was kept."""
+    """What is read of a response that was kept."""
 
+    id: str
     output: Raws
 
 
@@ -52,15 +53,22 @@ async def with_items(gateway: Gateway, http: HTTPRequest, body: ResponsesBody) -
     if not wanted:
         return body
     store = gateway.stored_responses
-    kept = await store.run(store.several, responses_of(wanted.values()), gateway.config.max_body_size)
-    raws = await asyncio.to_thread(chosen, kept, wanted, http.scope[BOUNDS])
-    http.scope[SIZE] = http.scope.get(SIZE, 0) + size_of(raws.values())
+    responses = await convert_body(http, responses_of, wanted.values())
+    kept = await store.run(store.several, responses, gateway.config.max_body_size)
+    raws, size = await asyncio.to_thread(chosen, kept, wanted, http.scope[BOUNDS], http.scope.get(SIZE, 0))
+    http.scope[SIZE] = size
     return msgspec.structs.replace(body, input=await convert_body(http, replaced, body.input, raws))
 
 
 def references(given: Sequence[Item]) -> dict[int, str]:
     """The ids that references name, by their place in the input. Raises RequestError."""
-    return {index: id_of(item, index) for index, item in enumerate(given) if item.get("type") == REFERENCE}
+    return {index: id_of(item, index) for index, item in enumerate(given) if is_reference(item)}
+
+
+def is_reference(item: Item) -> bool:
+    """Whether an item is a reference; the type may be left out, and then there is nothing but the id."""
+    kind = item.get("type")
+    return kind == REFERENCE or (kind is None and "id" in item and item.keys() <= {"id", "type"})
 
 
 def id_of(item: Item, index: int) -> str:
@@ -73,43 +81,54 @@ def id_of(item: Item, index: int) -> str:
 
 def responses_of(item_ids: Iterable[str]) -> list[str]:
     """The responses that items belong to; this server has made no other ids."""
-    found = (OWN_ID.fullmatch(item_id) for item_id in item_ids)
-    return list(dict.fromkeys(PREFIX + own[1] for own in found if own))
+    found = map(response_of, item_ids)
+    return list(dict.fromkeys(response_id for response_id in found if response_id is not None))
 
 
-def chosen(kept: Iterable[StoredResponse], wanted: Mapping[int, str], bounds: Bounds) -> dict[int, msgspec.Raw]:
-    """The items that are wanted. Raises RequestError where one is missing (404), or they are too much for a body (413).
+def response_of(item_id: str) -> str | None:
+    """The response that an item belongs to; None for an id that this server has not made."""
+    own = OWN_ID.fullmatch(item_id)
+    return PREFIX + own[1] if own else None
 
-    One item may be named many times.
+
+def chosen(
+    kept: Iterable[StoredResponse], wanted: Mapping[int, str], bounds: Bounds, body_size: int
+) -> tuple[dict[int, msgspec.Raw], int]:
+    """The items that are wanted, and the bytes of the body with them.
+
+    Raises RequestError where one is missing (404), or the body is too large with them (413): one item may be named many
+    times.
     """
     by_id = items_by_id(kept)
     for index, item_id in wanted.items():
         if item_id not in by_id:
             raise RequestError(NOT_FOUND.format(f"input[{index}]", short(item_id)), Kind.NOT_FOUND, "input")
     raws = {index: by_id[item_id] for index, item_id in wanted.items()}
-    counter, size = ValueCounter(), size_of(raws.values())
-    bounds.check_size(size, counter)
+    counter, size = ValueCounter(), body_size + sum(memoryview(raw).nbytes for raw in raws.values())
+    bounds.check_size(size, counter)  # first: nothing is copied of what is too much
     for raw in raws.values():
         counter.feed(bytes(raw))
     bounds.check_size(size, counter)
-    return raws
+    return raws, size
 
 
 def items_by_id(kept: Iterable[StoredResponse]) -> dict[str, msgspec.Raw]:
-    """The items of responses and of their requests. Raises RequestError (503) for what is no response."""
+    """The items of responses and of their requests. Raises RequestError (503) for what is no response.
+
+    A request may have items of other responses, as its client had them: those do not stand for the real ones.
+    """
     found: dict[str, msgspec.Raw] = {}
     for stored in kept:
         try:
             items = msgspec.json.decode(stored.input, type=Raws)
-            items += msgspec.json.decode(stored.response, type=Output).output
-            found |= {msgspec.json.decode(item, type=Identified).id: item for item in items}
+            response = msgspec.json.decode(stored.response, type=Output)
+            items += response.output
+            ids = [msgspec.json.decode(item, type=Identified).id for item in items]
         except msgspec.DecodeError as error:
             raise RequestError(UNREADABLE.format(error), Kind.UNAVAILABLE, "input") from error
+        pairs = zip(ids, items, strict=True)
+        found |= {item_id: item for item_id, item in pairs if response_of(item_id) == response.id}
     return found
-
-
-def size_of(raws: Iterable[msgspec.Raw]) -> int:
-    return sum(len(bytes(raw)) for raw in raws)
 
 
 def replaced(given: Sequence[Item], raws: Mapping[int, msgspec.Raw]) -> list[Item]:

@@ -1,6 +1,7 @@
 """The tools of a request of /v1/responses as the functions of a chat completion, and their names in the answer."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +29,9 @@ EXTRAS = (
     "local_shell",
 )
 BETWEEN = "__"  # a namespace and the name of its function
+UNREAD = re.compile(r"[^\w.-]")  # is in no name that the formats of calls can all carry
+MOST_NAMESPACE_CHARS = 128  # each of its functions is given the name, and calls with long ones are not read
+MOST_NAMED = 8  # hosted tools in the header Warning: clients refuse long headers
 REFUSED = (
     "{}: tools of type {!r} are not supported, only functions and namespaces of functions: the server runs no tools."
 )
@@ -54,7 +58,11 @@ class Offered:
 
     def headers(self) -> dict[str, str]:
         """Headers of the answer."""
-        return {"warning": LEFT_OUT.format(", ".join(self.left_out))} if self.left_out else {}
+        if not self.left_out:
+            return {}
+        more = len(self.left_out) - MOST_NAMED
+        named = ", ".join(self.left_out[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+        return {"warning": LEFT_OUT.format(named)}
 
 
 def offered(body: ResponsesBody, leave_out: bool) -> Offered:
@@ -63,26 +71,32 @@ def offered(body: ResponsesBody, leave_out: bool) -> Offered:
     The server runs no tools, so a hosted one is refused. With `leave_out` (--leave-out-hosted-tools), those in EXTRAS
     are left out where the request has functions as well, and the answer says so: agents offer them to every server.
     """
-    given = list(enumerate(body.tools or ()))
-    extras = [(index, tool) for index, tool in given if tool.get("type") in EXTRAS]
-    if not leave_out or len(extras) == len(given):
-        extras = []
-    shown = [(index, tool) for index, tool in given if (index, tool) not in extras]
+    given = dict(enumerate(body.tools or ()))
+    extras = {index: tool["type"] for index, tool in given.items() if tool.get("type") in EXTRAS}
+    if not leave_out or not any(map(has_functions, given.values())):
+        extras = {}
+    shown = {index: tool for index, tool in given.items() if index not in extras}
     functions: list[Tool] = []
     full_names: dict[str, FullName] = {}
-    for index, tool in shown:
+    for index, tool in shown.items():
         if tool.get("type") == "namespace":
             found = namespaced(tool, f"tools[{index}]")
             full_names |= {function.name: full for full, function in found}
             functions += [Tool(function) for _, function in found]
         else:
-            functions.append(Tool(function_of(tool, f"tools[{index}]")))
+            hint = MAY_BE_LEFT_OUT if tool.get("type") in EXTRAS else ""
+            functions.append(Tool(function_of(tool, f"tools[{index}]", hint)))
     check_tool_names(functions)
-    for _, tool in extras:
-        tell_once(tool["type"])
+    for kind in extras.values():
+        tell_once(kind)
     kept, choice = chosen(functions, body.tool_choice)
-    left_out = [f"tools[{index}] ({tool['type']})" for index, tool in extras]
-    return Offered(kept, choice, full_names, [tool for _, tool in shown], left_out)
+    left_out = [f"tools[{index}] ({kind})" for index, kind in extras.items()]
+    return Offered(kept, choice, full_names, list(shown.values()), left_out)
+
+
+def has_functions(tool: Mapping[str, Any]) -> bool:
+    """Whether a tool is a function, or a namespace of some."""
+    return tool.get("type") == "function" or (tool.get("type") == "namespace" and bool(tool.get("tools")))
 
 
 @cache
@@ -98,6 +112,11 @@ def namespaced(tool: Mapping[str, Any], where: str) -> list[tuple[FullName, Func
     name, tools = tool.get("name"), tool.get("tools")
     if not isinstance(name, str) or not name:
         raise RequestError(f"{where}: a namespace needs a name.", field="tools")
+    if len(name) > MOST_NAMESPACE_CHARS:
+        raise RequestError(
+            f"{where}: the name of a namespace has {MOST_NAMESPACE_CHARS} characters at most, got {len(name)}.",
+            field="tools",
+        )
     if not isinstance(tools, list) or not all(isinstance(inner, dict) for inner in tools):
         raise RequestError(f"{where}: tools must be a list of functions.", field="tools")
     found = []
@@ -109,16 +128,14 @@ def namespaced(tool: Mapping[str, Any], where: str) -> list[tuple[FullName, Func
 
 
 def seen_name(namespace: str | None, name: str) -> str:
-    """The name of a function that the model sees."""
-    return f"{namespace.rstrip('_')}{BETWEEN}{name}" if namespace else name
+    """The name of a function that the model sees: a namespace may have a slash or a blank, names in calls may not."""
+    return f"{UNREAD.sub('_', namespace).rstrip('_')}{BETWEEN}{name}" if namespace else name
 
 
-def function_of(tool: Mapping[str, Any], where: str) -> Function:
-    """A function tool. Raises RequestError for every other kind."""
+def function_of(tool: Mapping[str, Any], where: str, hint: str = "") -> Function:
+    """A function tool. Raises RequestError for every other kind; `hint`: what else there is to say of that kind."""
     if tool.get("type") != "function":
-        kind = str(tool.get("type"))
-        hint = MAY_BE_LEFT_OUT if kind in EXTRAS else ""
-        raise RequestError(REFUSED.format(where, short(kind)) + hint, field="tools")
+        raise RequestError(REFUSED.format(where, short(str(tool.get("type")))) + hint, field="tools")
     try:
         return msgspec.convert(tool, Function)
     except msgspec.ValidationError as error:
@@ -149,7 +166,9 @@ def allowed(tools: list[Tool], chosen: Any) -> list[Tool]:
         name = tool.get("name") if isinstance(tool, dict) else None
         name = name_in(tool) if isinstance(name, str) else name
         if not isinstance(name, str) or name not in by_name:
-            raise RequestError(f"tool_choice: tool {short(str(name))!r} not found in tools list.", field="tool_choice")
+            kind = tool.get("type") if isinstance(tool, dict) else tool
+            unknown = short(kind if name is None else name)  # hosted tools have no names
+            raise RequestError(f"tool_choice: tool {unknown!r} not found in tools list.", field="tool_choice")
         names.append(name)
     if not names:
         raise RequestError("tool_choice: tools must name functions: {type: function, name}.", field="tool_choice")

@@ -45,6 +45,7 @@ SHAPE = errors.with_client_names(
         "max_completion_tokens": "max_output_tokens",
         "messages": "input",
         "call_grammar": "tools",
+        "min_new_tokens": "min_tokens",
         "response_format": "text.format",
         "text": "input",
         "prompt": "input",

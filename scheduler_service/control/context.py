@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quartet.runtime.control import ControlCommand, DecideChange
-from quartet.runtime.messages import Message, Request
+from quartet.runtime.messages import Facts, Message, Request
 from quartet.scheduler_service.core.planner import Planner
 
 if TYPE_CHECKING:  # these load torch; the objects come with the scheduler
@@ -56,6 +56,7 @@ class Context(Protocol):
     saver: "MemorySaver | None"  # None: memory is never released
     adapters: "AdapterStore | None"  # None: requests cannot name any
     adapter_queue: "AdapterQueue"
+    facts: Facts | None  # which of several schedulers this is, for one
     profile: "Profile | None"  # a recording under way
     step_sleep_s: float  # before every step
     decisions: Decisions  # of the gateway, on changes that all schedulers make

@@ -44,11 +44,16 @@ def start(context: Context, command: StartProfile) -> list[Message]:
         record_shapes=bool(command.record_shapes),
         with_stack=bool(command.with_stack),
     )
-    names = [command.profile_prefix, command.profile_id or f"{time.time():.3f}"]
-    file = directory(command.output_dir) / "-".join([*filter(None, names), "TP-0.trace.json.gz"])
-    context.profile = Profile(file, steps, recorder)
+    rank = context.facts.rank if context.facts else 0
+    context.profile = Profile(directory(command.output_dir) / file_name(rank, command), steps, recorder)
     log.info("Profiling starts; it ends after %d steps at the latest.", steps)
     return [Reply(id=command.id, message=STARTED)]
+
+
+def file_name(rank: int, command: StartProfile) -> str:
+    """The name of the trace. Each of several schedulers has a name of its own: all may write to one directory."""
+    names = [command.profile_prefix, command.profile_id or f"{time.time():.3f}", "TP-0", f"DP-{rank}" if rank else None]
+    return "-".join(filter(None, names)) + ".trace.json.gz"
 
 
 def activities(names: list[str] | None) -> list[ProfilerActivity]:

@@ -25,6 +25,11 @@ from quartet.http_gateway.http.counting import ValueCounter
 from quartet.http_gateway.native.generate_body import GenerateBody, to_job
 from quartet.http_gateway.openai.answers import CalledFunction, Delta, ToolCall
 from quartet.http_gateway.openai.chat_turn import continued
+from quartet.http_gateway.openai.item_references import chosen
+from quartet.http_gateway.openai.response_tools import offered
+from quartet.http_gateway.openai.response_types import ResponsesBody
+from quartet.http_gateway.routes.endpoint import Bounds
+from quartet.http_gateway.routes.response_store import StoredResponse
 from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, LogprobOptions, Logprobs, Request, Text, Tokens, pack_ids
@@ -33,6 +38,7 @@ from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.ngrams import NGrams
 from quartet.scheduler_service.core.prefix_tree import PrefixTree
 from quartet.tokenizer_service.encode import Encoder
+from quartet.tokenizer_service.turns import in_turns
 from tests.fakes import AtOnce
 from tests.tokenizers_to_try import KINDS
 
@@ -216,6 +222,33 @@ def scoring(size: int) -> Work:
     )
 
 
+def leaving_out(size: int) -> Work:
+    tools: list[dict[str, object]] = [{"type": "web_search"}] * (size // 16)
+    body = ResponsesBody(input="a", tools=[*tools, {"type": "function", "name": "f"}])
+    return lambda: offered(body, leave_out=True)
+
+
+def referring(size: int) -> Work:
+    """To an item as large as they are many."""
+    own = "0" * 32
+    response = {"id": f"resp_{own}", "output": [{"id": f"msg_{own}", "text": "a" * size}]}
+    kept = [StoredResponse(b"[]", msgspec.json.encode(response))]
+    wanted = dict.fromkeys(range(size // 16), f"msg_{own}")
+    bounds = Bounds(1 << 16, "", limits.MAX_BODY_VALUES)
+
+    def work() -> None:
+        with pytest.raises(RequestError, match="exceeds the limit"):
+            chosen(kept, wanted, bounds, 0)
+
+    return work
+
+
+def taking_turns(size: int) -> Work:
+    texts: list[dict[str, object]] = [{"role": "user", "content": "a" * 64}] * (size // 8)
+    parts: list[dict[str, object]] = [{"role": "user", "content": [{"type": "text", "text": "a"}]}] * (size // 8)
+    return lambda: (in_turns(texts), in_turns(parts))
+
+
 CASES: dict[str, Callable[[int], Work]] = {
     "a body's values are counted": counting,
     "ids become a request": ids_to_job,
@@ -237,6 +270,9 @@ CASES: dict[str, Callable[[int], Work]] = {
     "blocks become a conversation": conversing,
     "a call that is cut off becomes a block": calling,
     "scores become shares": scoring,
+    "tools are left out": leaving_out,
+    "an item is referred to many times": referring,
+    "a conversation is put into turns": taking_turns,
 }
 
 

@@ -72,6 +72,20 @@ def test_parts_stay_parts() -> None:
     assert rendered(PARTS, messages) == "<user>[Hi][Be quick]"
 
 
+def test_texts_and_parts_become_parts_in_their_order() -> None:
+    part = {"type": "text", "text": "b"}
+    assert in_turns([message("user", "a"), message("user", [part, part]), message("system", "c")]) == [
+        message("user", [{"type": "text", "text": "a"}, part, part, {"type": "text", "text": "c"}])
+    ]
+
+
+def test_what_several_have_said_is_under_no_name_of_one() -> None:
+    assert in_turns([message("user", "a", name="Al"), message("user", "b", name="Bo")]) == [message("user", "a\n\nb")]
+    assert in_turns([message("user", "a", name="Al"), message("user", "b", name="Al")]) == [
+        message("user", "a\n\nb", name="Al")
+    ]
+
+
 def test_a_final_message_is_continued_in_turns_too() -> None:
     messages = [*DOUBLED, message("assistant", "Hel")]
     prompt = rendered(SYSTEM_FIRST, messages, add_generation_prompt=False, continue_final_message=True)
@@ -82,6 +96,13 @@ def test_what_a_template_refuses_in_turns_too_is_a_400_with_its_words() -> None:
     messages = [message("user", "Hi"), message("assistant", "a"), message("assistant", "b"), message("system", "c")]
     with pytest.raises(RequestError, match="Conversation roles must alternate"):
         rendered(ALTERNATING, messages)
+
+
+def test_messages_that_are_no_turns_are_not_joined() -> None:
+    """A query and a document, which a template for chats refuses: joined, they would be scored as something else."""
+    pair = [message("user", "query"), message("user", "document")]
+    with pytest.raises(RequestError, match="Conversation roles must alternate"):
+        rendered(ALTERNATING, pair, as_it_is=True)
 
 
 def test_calls_and_their_results_stay_where_they_are() -> None:

@@ -45,7 +45,7 @@ def test_a_template_of_its_own_gets_query_document_and_instruction() -> None:
     request = Request(rid="", params=SamplingParams())
     made = fitness.question(request, body, "d", own_template=True)
     assert made.chat is not None and [message["content"] for message in made.chat.messages] == ["q", "d"]
-    assert made.chat.template_kwargs == {"instruct": "find"}
+    assert made.chat.template_kwargs == {"instruct": "find"} and made.chat.as_it_is
 
 
 @asynchronous

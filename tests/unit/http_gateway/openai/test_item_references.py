@@ -105,6 +105,45 @@ async def test_items_count_as_part_of_the_body_as_often_as_they_are_named() -> N
 
 
 @asynchronous
+async def test_items_and_the_rest_of_the_body_are_limited_together() -> None:
+    async with served(says("x" * 1500), max_body_size=3000) as server:
+        item = reference((await ask(server, "a"))["output"][0]["id"])
+        await ask(server, [item, {"role": "user", "content": "y" * 500}])
+        status, _, message = await refusal(server, [item, {"role": "user", "content": "y" * 1500}])
+        assert status == 413 and "--max-body-size" in message
+
+
+@asynchronous
+async def test_an_item_is_that_of_its_response_whatever_a_client_has_sent_under_its_id() -> None:
+    async with served(says("one")) as server:
+        real = (await ask(server, "a"))["output"][0]
+        changed = {**real, "content": [{**real["content"][0], "text": "two"}]}
+        later = (await ask(server, [changed, AGAIN]))["output"][0]
+        await ask(server, [reference(real["id"]), AGAIN, reference(later["id"]), AGAIN])
+        assert messages_of(server)[0] == {"role": "assistant", "content": text("one")}
+
+
+@asynchronous
+async def test_a_conversation_goes_on_without_the_response_that_was_referred_to() -> None:
+    async with served(says("one")) as server:
+        first = await ask(server, "a")
+        second = await ask(server, [reference(first["output"][0]["id"]), AGAIN])
+        await server.client.call("DELETE", f"{PATH}/{first['id']}")
+        await ask(server, "more", previous_response_id=second["id"])
+        assert [message["role"] for message in messages_of(server)] == ["assistant", "user", "assistant", "user"]
+        assert messages_of(server)[0]["content"] == text("one")
+
+
+@asynchronous
+async def test_the_type_of_a_reference_may_be_left_out() -> None:
+    async with served(says("one")) as server:
+        own_id = (await ask(server, "a"))["output"][0]["id"]
+        for item in ({"id": own_id}, {"id": own_id, "type": None}):
+            await ask(server, [item, AGAIN])
+            assert messages_of(server)[0] == {"role": "assistant", "content": text("one")}
+
+
+@asynchronous
 async def test_responses_that_are_larger_than_a_body_are_not_read() -> None:
     async with served(says("x" * 1500), max_body_size=3000) as server:
         items = [reference((await ask(server, "a"))["output"][0]["id"]) for _ in range(2)]

@@ -515,6 +515,89 @@ async def test_hosted_tools_beside_functions_can_be_left_out_and_the_answer_says
         assert "warning" not in plain.headers
 
 
+@asynchronous
+async def test_the_stream_of_a_background_response_says_what_was_left_out() -> None:
+    async with served(says("x"), leave_out_hosted_tools=True) as server:
+        body = {"input": "hi", "tools": [WEATHER, SEARCH], "background": True, "stream": True}
+        answer = await server.client.post(PATH, body)
+        assert answer.status == 200 and "tools[1] (web_search)" in answer.headers["warning"]
+
+
+@asynchronous
+async def test_the_warning_is_short_however_many_tools_are_left_out() -> None:
+    async with served(says("x"), leave_out_hosted_tools=True) as server:
+        answer = await server.client.post(PATH, {"input": "hi", "tools": [WEATHER, *[SEARCH] * 1000]})
+        warning = answer.headers["warning"]
+        assert answer.status == 200 and len(warning) < 300
+        assert "tools[1] (web_search)" in warning and "and 992 more" in warning
+
+
+@pytest.mark.parametrize("namespaces", [[], [{"type": "namespace", "name": "n", "tools": []}]])
+@asynchronous
+async def test_hosted_tools_are_left_out_beside_functions_only(namespaces: list[dict[str, Any]]) -> None:
+    async with served(says("x"), leave_out_hosted_tools=True) as server:
+        answer = await server.client.post(PATH, {"input": "hi", "tools": [*namespaces, SEARCH]})
+        assert answer.status == 400 and "'web_search' are not supported" in answer.text
+
+
+@pytest.mark.parametrize("parser", ["hermes", "qwen3_coder"])
+@asynchronous
+async def test_calls_are_read_whatever_is_in_the_name_of_their_namespace(parser: str) -> None:
+    """The second format would take a slash for the end of a name."""
+    calls = {
+        "hermes": '<tool_call>{"name": "a_b_c__close", "arguments": {}}</tool_call>',
+        "qwen3_coder": "<tool_call>\n<function=a_b_c__close>\n</function>\n</tool_call>",
+    }
+    namespace = {**NAMESPACE, "name": "a/b c"}
+    async with served(says(calls[parser]), tool_call_parser=parser) as server:
+        [call] = (await ask(server, tools=[namespace]))["output"]
+        assert (call["namespace"], call["name"]) == ("a/b c", "close")
+        back = [call, {"type": "function_call_output", "call_id": call["call_id"], "output": "closed"}]
+        choice = {"type": "function", "namespace": "a/b c", "name": "close"}
+        await ask(server, input=[{"role": "user", "content": "hi"}, *back], tools=[namespace], tool_choice=choice)
+        assert chat_of(server).messages[1]["tool_calls"][0]["function"]["name"] == "a_b_c__close"
+        assert [tool["function"]["name"] for tool in chat_of(server).tools or ()] == ["a_b_c__close"]
+        assert "a_b_c__close" in str(server.ring.sent[-1].request.params)
+
+
+@asynchronous
+async def test_two_functions_with_one_name_for_the_model_are_refused() -> None:
+    plain = {"type": "function", "name": "agents__close"}
+    for other in (plain, {**NAMESPACE, "name": "agents_"}, {**NAMESPACE, "name": "agents/"}):
+        async with served(says("x")) as server:
+            answer = await server.client.post(PATH, {"input": "hi", "tools": [NAMESPACE, other]})
+            assert answer.status == 400 and "2 tools have the name 'agents__close'" in answer.text
+
+
+@asynchronous
+async def test_a_name_that_each_function_gets_is_short() -> None:
+    functions = [{"type": "function", "name": f"f{index}"} for index in range(3)]
+    async with served(says("x")) as server:
+        for chars, status in ((128, 200), (129, 400)):
+            tools = [{"type": "namespace", "name": "n" * chars, "tools": functions}]
+            answer = await server.client.post(PATH, {"input": "hi", "tools": tools})
+            assert answer.status == status
+        assert answer.json()["error"]["message"].endswith("128 characters at most, got 129.")
+
+
+@asynchronous
+async def test_a_hosted_tool_among_those_that_are_allowed_is_named() -> None:
+    async with served(says("x"), leave_out_hosted_tools=True) as server:
+        choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "web_search"}]}
+        answer = await server.client.post(PATH, {"input": "hi", "tools": [WEATHER, SEARCH], "tool_choice": choice})
+        assert answer.status == 400 and "tool 'web_search' not found" in answer.text
+
+
+@asynchronous
+async def test_a_refused_minimum_is_called_as_the_client_has_called_it() -> None:
+    async with served(says("x")) as server:
+        answer = await server.client.post(PATH, {"input": "hi", "min_tokens": -1})
+        error = answer.json()["error"]
+        assert (answer.status, error["param"]) == (400, "min_tokens") and error["message"].startswith("min_tokens")
+        answer = await server.client.post(PATH, {"input": "hi", "min_new_tokens": 2})
+        assert answer.status == 400 and "use `min_tokens`" in answer.text
+
+
 @pytest.mark.parametrize(
     ("tools", "words"),
     [

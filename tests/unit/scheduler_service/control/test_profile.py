@@ -9,7 +9,7 @@ import pytest
 
 from quartet.runtime.control import StartProfile, StopProfile
 from quartet.runtime.limits import MAX_PROFILE_STEPS
-from quartet.runtime.messages import Reply
+from quartet.runtime.messages import Facts, Reply
 from quartet.scheduler_service.control.profile import DIRECTORY_VARIABLE, NOT_RUNNING, RUNNING, STARTED, STOPPED
 from tests.rig import Rig
 from tests.stepper import tokenized
@@ -61,8 +61,22 @@ def test_the_body_of_a_profiling_client_with_numbers_as_text(tmp_path: Path) -> 
     assert [file.name for file in traces(tmp_path)] == ["evening-run-7-TP-0.trace.json.gz"]
 
 
+def test_schedulers_that_write_to_one_directory_write_files_of_their_own(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        rig = Rig()
+        rig.scheduler.facts = Facts(
+            rank=rank, max_total_num_tokens=1, max_req_input_len=1, context_length=1, vocab_size=1
+        )
+        assert answer(rig, StartProfile(id="1", output_dir=str(tmp_path), activities=["CPU"], profile_id="run")).success
+        assert answer(rig, StopProfile(id="2")).success
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "run-TP-0-DP-1.trace.json.gz",
+        "run-TP-0.trace.json.gz",
+    ]
+
+
 @pytest.mark.parametrize("field", ["profile_prefix", "profile_id"])
-@pytest.mark.parametrize("name", ["../x", "a/b", "", "a" * 101])
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "a" * 101, "a\n"])
 def test_a_part_of_a_file_name_leads_out_of_no_directory(field: str, name: str) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({"id": "1", field: name}, StartProfile)
