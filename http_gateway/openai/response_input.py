@@ -113,7 +113,8 @@ class Conversation:
         kind = item.get("type") or "message"
         if not isinstance(kind, str) or kind not in READERS:
             raise RequestError(
-                f"{where}: items of type {short(str(kind))!r} are not supported: {', '.join(READERS)} are.",
+                f"{where}: items of type {short(str(kind))!r} are not supported: {', '.join(READERS)} and "
+                "item_reference are.",
                 field="input",
             )
         READERS[kind](self, item, where)
