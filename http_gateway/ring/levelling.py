@@ -86,7 +86,7 @@ class Leveller:
         decided, own = self._schedulers.decided, self._schedulers.all[rank].served
         assert decided is not None, "known from the first facts on"
         self._warn(rank, BEHIND, own.weight_version, decided.served.weight_version, level=logging.WARNING)
-        if decided.is_rewritten(own):
+        if decided.is_newer(own):
             self._warn(rank, NEWER)
         tries = 0
         while missing := self._missing(rank):

@@ -29,14 +29,14 @@ def come_to_rest(simulation: "Simulation") -> None:
     """Let everything end, what a pause or the lack of memory holds up as well."""
     last: list[Order] = []
     while not (last and all(map(is_done, last))):
-        simulation.turns.run_for(
-            PAUSED_S
-        )  # not until nothing is due: some look again and again whether a pause is over
+        # not until nothing is due: some look again and again whether a pause is over, or rewritten weights are replaced
+        simulation.turns.run_for(PAUSED_S)
         check_rest(simulation)
         last = []
         gateway = simulation.processes["gateway"]
         gateway.loop.create_task(wake(simulation, gateway, last))
-        simulation.turns.run_until(lambda: False)
+        simulation.turns.run_for(PAUSED_S)
+    simulation.turns.run_until(lambda: False)
 
 
 async def wake(simulation: "Simulation", gateway: GatewayProcess, orders: list[Order]) -> None:
