@@ -4,7 +4,6 @@ Nothing is forced to the disk, so that the scheduler's loop may write them too: 
 machine, and what a killed process has written is there.
 """
 
-import contextlib
 import os
 from pathlib import Path
 from typing import TypeVar
@@ -26,10 +25,22 @@ def write_first(run_dir: str, name: str, record: msgspec.Struct) -> None:
     """Write the record, as a whole, unless another process has. Raises OSError."""
     path = Path(run_dir) / name
     fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_bytes(msgspec.json.encode(record))
-    with contextlib.suppress(FileExistsError):
+    try:
+        fresh.write_bytes(msgspec.json.encode(record))
+        _place(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _place(fresh: Path, path: Path) -> None:
+    """Give a file this name too, unless there is one."""
+    try:
         os.link(fresh, path)
-    fresh.unlink()
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links: of processes that look in the same moment, the last one writes
+        if not path.exists():
+            fresh.replace(path)
 
 
 def read_record(run_dir: str, name: str, kind: type[Record]) -> Record | None:

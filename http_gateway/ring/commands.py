@@ -8,7 +8,7 @@ sent; of those that one of them refuses, the answer says which have carried them
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -36,6 +36,7 @@ class UnansweredCommand:
     serial: int
     answer: asyncio.Future[Message]
     epochs: dict[int, int | None]  # by rank of the schedulers that it was sent to
+    left_out: Collection[int] = ()  # ranks whose weights are not those of which a client knows the version
     decided: bool = False  # it is part of what all must serve
     answers: dict[int, Message] = field(default_factory=dict)  # by rank
     prepared: dict[int, str] = field(default_factory=dict)  # rank → the weight files that it has read
@@ -60,7 +61,13 @@ class UnansweredCommand:
 
     def messages(self) -> list[ControlCommand]:
         """The command as it is to be sent, to each scheduler that has not answered."""
-        return [msgspec.structs.replace(self.command, rank=rank, epoch=self.epochs[rank]) for rank in self.waiting]
+        return [self._message(rank) for rank in self.waiting]
+
+    def _message(self, rank: int) -> ControlCommand:
+        message = msgspec.structs.replace(self.command, rank=rank, epoch=self.epochs[rank])
+        if isinstance(message, WeightChange) and rank in self.left_out:
+            message.expected_version = None
+        return message
 
 
 class Commands:
@@ -102,7 +109,8 @@ class Commands:
         command.waits_for_others = command.all_or_none and len(ranks) > 1
         epochs = {rank: None if command.read_only else self._schedulers.all[rank].epoch for rank in ranks}
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        unanswered = self._unanswered[command.id] = UnansweredCommand(command, serial, answer, epochs)
+        left_out = self._schedulers.left_out if command.waits_for_others else ()
+        unanswered = self._unanswered[command.id] = UnansweredCommand(command, serial, answer, epochs, left_out)
         if rank is None and not (command.read_only or command.waits_for_others):
             self._note_decided(unanswered)
         return unanswered

@@ -89,9 +89,11 @@ class Decided(msgspec.Struct, frozen=True):
                 served = self._with(weight_version=version or served.weight_version, model_path=path).served
                 paused = served.paused or command.keep_pause
                 return Decided(msgspec.structs.replace(served, weight_files=files, paused=paused), command.load_format)
-            case UpdateWeightVersion(new_version=version) if version != served.weight_version:
-                earlier = (*self.earlier_versions, served.weight_version)[-REMEMBERED:]
+            case UpdateWeightVersion(new_version=version):
                 named = self._with(weight_version=version, weight_files=files or served.weight_files)
+                if named == self:
+                    return self
+                earlier = (*self.earlier_versions, served.weight_version)[-REMEMBERED:]
                 return msgspec.structs.replace(named, earlier_versions=earlier)
             case LoadAdapter(lora_name=name, lora_path=path, pinned=pinned):
                 return msgspec.structs.replace(self, served=served.with_adapter(name, (name, path, pinned)))
@@ -116,8 +118,12 @@ class Decided(msgspec.Struct, frozen=True):
         return same and own.adapters >= self.served.adapters
 
     def is_rewritten(self, own: Served) -> bool:
-        """Whether its weights are others that were written to the same directory."""
+        """Whether its weights are others that were written to the same directory, or are found at the same path."""
         return self._knows(own) and own.weight_files != self.served.weight_files
+
+    def is_newer(self, own: Served) -> bool:
+        """Whether they were written there since it has recorded what it reads: those of the others are gone."""
+        return self.is_rewritten(own) and own.weight_version.endswith(REWRITTEN.format(""))
 
     def _knows(self, own: Served) -> bool:
         """Whether its weights have the path and a name of those that all must serve."""
@@ -148,7 +154,7 @@ class Decided(msgspec.Struct, frozen=True):
         if self._knows(own) and own.weight_files == files:
             if own.weight_version != version:
                 yield UpdateWeightVersion(new_version=version, abort_all_requests=False)
-        elif not (self.is_rewritten(own) or WEIGHTS in own.released & self.served.released):
+        elif not (self.is_newer(own) or WEIGHTS in own.released & self.served.released):
             yield UpdateWeightsFromDisk(
                 model_path=path, weight_version=version, load_format=self.load_format, weight_files=files
             )
@@ -162,12 +168,14 @@ class Decided(msgspec.Struct, frozen=True):
         """`Facts.state` of one scheduler as clients may know it: of what all must serve, only what was decided.
 
         An adapter that it lacks is there as long as one of the `others` has it; one that none has cannot be named.
+        Memory that none of them has, though all should, is lacking.
         """
         served = self.served
         shown = {**state, "model_path": served.model_path, "weight_version": served.weight_version}
         if "paused" in state:
             unwritten = bool(state.get("asleep")) and not state.get("lacks")  # weights that were released
-            lacks = [tag for tag in NEEDED if tag in served.released]
+            no_one_has = frozenset[str].intersection(*(Served.of(one).released for one in (state, *others)))
+            lacks = [tag for tag in NEEDED if tag in served.released | no_one_has]
             shown |= {"paused": served.paused, "lacks": lacks, "asleep": bool(lacks) or unwritten}
         if "adapters" in state:
             shown["adapters"] = self._shown_adapters((state, *others))

@@ -85,8 +85,9 @@ class Leveller:
     async def _level(self, rank: int) -> None:
         decided, own = self._schedulers.decided, self._schedulers.all[rank].served
         assert decided is not None, "known from the first facts on"
-        self._warn(rank, BEHIND, own.weight_version, decided.served.weight_version, level=logging.WARNING)
-        if decided.is_rewritten(own):
+        if rank in self._schedulers.left_out:
+            self._warn(rank, BEHIND, own.weight_version, decided.served.weight_version, level=logging.WARNING)
+        if decided.is_newer(own):
             self._warn(rank, NEWER)
         tries = 0
         while missing := self._missing(rank):

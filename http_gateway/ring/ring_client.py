@@ -373,7 +373,10 @@ class RingClient:
         self.on_facts(common)  # first: where it raises, nothing has been believed
         new = not one.heard or facts.epoch > one.epoch
         given_away, one.given_away = one.given_away, False
-        if self.schedulers.note_facts(facts, common):  # what was given away is elsewhere, but for what found no other
+        restarted = self.schedulers.note_facts(facts, common)
+        if (now_common := self.schedulers.common(facts)) != common:  # with it, others may serve
+            self.on_facts(now_common)
+        if restarted:  # what was given away is elsewhere, but for what found no other
             self._recover(SCHEDULER, facts.rank, news=not given_away)
         if new and facts.pid and self.schedulers.several:
             self._watch(facts.pid, partial(self._on_death, facts.rank, facts.epoch))

@@ -8,8 +8,9 @@ where a request is.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -104,7 +105,7 @@ class Schedulers:
         """Why a change for which all are prepared must not be made: the weights have got another version meanwhile."""
         if not (self.decided and isinstance(command, WeightChange)):
             return ""
-        served, expected = self.decided.served.weight_version, command.expected_version
+        served, expected = self.weight_version, command.expected_version
         return "" if expected in (None, served) else OTHER_VERSION.format(expected, served)
 
     async def complete(self) -> None:
@@ -121,16 +122,24 @@ class Schedulers:
 
         Where all serve something else, those that serve the same.
         """
-        there, left_out = self.up, self.left_out
-        right = [one for one in there if one.rank not in left_out]
+        there, decided = self.up, self.decided
+        right = [one for one in there if decided is None or decided.may_be_asked(one.served)]
         right = right or [one for one in there if self.changes(one.rank)]
         return right or [one for one in self.all if not one.up] or alike(self.all)
 
     @property
     def left_out(self) -> list[int]:
-        """The ranks that live and get no requests as long as others serve what was decided: these do not."""
-        decided = self.decided
-        return [one.rank for one in self.up if decided is not None and not decided.may_be_asked(one.served)]
+        """The ranks that live and get no requests, since they serve something else than those that do."""
+        serving = self.serving()
+        return [one.rank for one in self.up if one not in serving]
+
+    @property
+    def weight_version(self) -> str:
+        """What requests get; where all that serve have read files that were rewritten, what these are called."""
+        decided, serving = self.decided, self.serving()
+        assert decided is not None, "known from the first facts on"
+        rewritten = all(one.up and not self.changes(one.rank) and decided.is_rewritten(one.served) for one in serving)
+        return serving[0].served.weight_version if rewritten else decided.served.weight_version
 
     # where requests go
 
@@ -234,8 +243,12 @@ class Schedulers:
             facts,
             max_total_num_tokens=min(other.max_total_num_tokens for other in known),
             max_req_input_len=min(other.max_req_input_len for other in known),
-            state=facts.state if self.decided is None else self.decided.shown(*(one.state for one in known)),
+            state=facts.state if self.decided is None else self._shown(*(one.state for one in known)),
         )
+
+    def _shown(self, *states: Mapping[str, Any]) -> dict[str, Any]:
+        assert self.decided is not None, "known from the first facts on"
+        return {**self.decided.shown(*states), "weight_version": self.weight_version}
 
     def forget_prefixes(self) -> None:
         """The caches were emptied."""

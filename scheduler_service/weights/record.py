@@ -8,6 +8,8 @@ is recorded before it is read, by the first of several schedulers for all.
 
 import hashlib
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 NAME = "weights.json"
 FIRST = "first_weights.json"  # of all schedulers of the server
 DUMMY = "dummy"  # the load format that reads no file
+QUIET_S = 3.0  # files that were not written to for so long are complete
+MOST_WAIT_S = 60.0  # for that
 
 Files = dict[str, list[int]]  # name → size and time of change (ns), as they were read
 
@@ -80,11 +84,12 @@ def files_of(directory: Path) -> Files:
 
 
 def begin(config: ResolvedConfig, own_dir: str, run_dir: str) -> None:
-    """Record what is about to be read, where this scheduler has not read anything yet. Raises StartupError.
+    """Record what is about to be read, where this scheduler has not read anything yet. Raises CheckpointError.
 
     Where files are written to while several schedulers start, those that read other files than the first one see it.
     """
-    if read_record(own_dir) is not None:
+    if (committed := read_record(own_dir)) is not None:
+        wait_until_written(committed)
         return
     try:
         records.write_first(run_dir, FIRST, Committed.at_start(config))
@@ -92,7 +97,22 @@ def begin(config: ResolvedConfig, own_dir: str, run_dir: str) -> None:
         assert first is not None, "somebody has written it"
         write_record(own_dir, first)
     except OSError as error:
-        raise StartupError(f"the weights to be read could not be recorded: {error}") from error
+        log.error("The weights that are read could not be recorded: %s. If rewritten, they keep their version.", error)
+
+
+def wait_until_written(
+    known: Committed, now: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Return once files that are others than the known ones have not been written to for a while.
+
+    A trainer may be saving to the directory: each file that changes while it is read costs one more start.
+    """
+    until = now() + MOST_WAIT_S
+    while known.files and (files := files_of(Path(known.model_dir))) not in ({}, known.files):
+        age_s = now() - max(written_ns for _, written_ns in files.values()) / 1e9
+        if not 0 <= age_s < QUIET_S or now() >= until:
+            return
+        sleep(QUIET_S / 10)
 
 
 def check_unchanged(before: Committed, started: ResolvedConfig, run_dir: str) -> None:
@@ -109,7 +129,8 @@ def restored(config: ResolvedConfig, run_dir: str) -> ResolvedConfig:
     committed = read_record(run_dir)
     if committed is None:
         return config
-    version, files = committed.weight_version, files_of(Path(committed.model_dir))
+    version = committed.weight_version
+    files = files_of(Path(committed.model_dir)) if committed.files else {}
     if committed.files and not files:
         raise StartupError(
             f"the weights that served last (version {version}) are no longer in {committed.model_dir}; keep a "

@@ -153,10 +153,34 @@ def test_files_that_were_rewritten_before_a_first_death_are_served_by_nobody_unt
     assert {(meta["dp_rank"], meta["weight_version"]) for meta in told} == {(1, "default")}
     assert left_out(server) == [0]
     shutil.copyfile(place / "model.safetensors", models[0] / "model.safetensors")
-    assert update(server, models[0], "default").status_code == 200
+    assert update(server, models[0], "default", expected_version="default-rewritten").status_code == 409
+    assert update(server, models[0], "default", expected_version="default").status_code == 200
     assert len(checksums(server)) == 1
     assert generate(server, "Hello", data_parallel_rank=0)["dp_rank"] == 0
     assert left_out(server) == []
+
+
+def test_files_that_were_touched_before_all_died_are_served_and_may_get_their_version_again(
+    server: Server, models: list[Path]
+) -> None:
+    before, start = checksums(server), len(server.log)
+    (models[0] / "model.safetensors").touch()
+    for rank in (0, 1):
+        server.children()[f"scheduler DP{rank}"].kill()
+    for rank in (0, 1):
+        server.wait_for_match(f"The weights of scheduler DP{rank} were rewritten", start, WAIT_S)
+    assert generate(server, "Hello")["weight_version"] == served_version(server) == "default-rewritten"
+    assert left_out(server) == []
+    assert post(server, "/update_weight_version", {"new_version": "default"}).status_code == 200
+    for rank in (0, 1):
+        server.wait_for_match(f"The scheduler DP{rank} takes requests", start, WAIT_S)
+    assert generate(server, "Hello")["weight_version"] == served_version(server) == "default"
+    assert checksums(server) == before
+
+
+def served_version(server: Server) -> str:
+    version: str = requests.get(f"{server.url}/model_info", timeout=WAIT_S).json()["weight_version"]
+    return version
 
 
 def left_out(server: Server) -> list[int]:

@@ -29,8 +29,8 @@ def come_to_rest(simulation: "Simulation") -> None:
     """Let everything end, what a pause or the lack of memory holds up as well."""
     last: list[Order] = []
     while not (last and all(map(is_done, last))):
+        # not until nothing is due: some look again and again whether a pause is over, or rewritten weights are replaced
         simulation.turns.run_for(PAUSED_S)
-        # not until nothing is due: some look again and again whether a pause is over, or files were read anew
         check_rest(simulation)
         last = []
         gateway = simulation.processes["gateway"]

@@ -216,3 +216,25 @@ def test_nothing_is_given_to_a_scheduler_that_a_command_of_a_client_is_on_its_wa
         return meanwhile, given
 
     assert asyncio.run(asyncio.wait_for(scenario(), 60)) == (0, 1)
+
+
+def test_the_log_says_who_gets_no_requests_and_not_so_of_others(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(*told: Facts) -> list[bool]:
+        schedulers = Schedulers(2)
+        schedulers.note_facts(facts(0), facts(0))
+
+        async def run(command: ControlCommand, timeout_s: float, rank: int) -> Message:
+            raise RequestError(COMMAND_LOST, Kind.UNAVAILABLE)
+
+        leveller = Leveller(schedulers, run)
+        caplog.clear()
+        for one in told:
+            schedulers.note_facts(one, one)
+            leveller.look_at(one.rank)
+        await asyncio.sleep(0)
+        return [f"DP{rank} serves version" in caplog.text for rank in (0, 1)]
+
+    rewritten = [facts(rank, 1, "v0-rewritten", weight_files="new") for rank in (0, 1)]
+    assert asyncio.run(scenario(facts(0), rewritten[1])) == [False, True]
+    assert asyncio.run(scenario(*rewritten)) == [False, False], "they serve what all have"
+    assert asyncio.run(scenario(facts(0), facts(1, adapters=[ADAPTER]))) == [False, False], "nobody names that adapter"

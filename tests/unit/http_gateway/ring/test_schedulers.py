@@ -193,6 +193,9 @@ def test_where_all_serve_something_else_those_that_serve_the_same_get_the_reques
     for rank, files in enumerate(("x", "y", "x")):
         says(schedulers, facts(rank, version="v0-rewritten", weight_files=files))
     assert [one.rank for one in schedulers.serving()] == [0, 2]
+    assert schedulers.left_out == [1]
+    shown = schedulers.common(facts(1, version="v0-rewritten", weight_files="y")).state
+    assert shown["weight_version"] == "v0-rewritten", "which is what clients get"
     assert schedulers.targets_of(UpdateWeightVersion(new_version="v1")) == [0, 2]
     schedulers.decide(UpdateWeightVersion(new_version="v1"))
     assert schedulers.decided is not None and schedulers.decided.served.weights == ("m", "v1", "x")

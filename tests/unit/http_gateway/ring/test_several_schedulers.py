@@ -337,6 +337,37 @@ async def test_a_change_of_a_version_that_was_renamed_meanwhile_is_not_made() ->
 
 
 @asynchronous
+async def test_the_version_that_is_expected_is_that_which_clients_get() -> None:
+    """And no scheduler refuses an update because it serves nobody with its own."""
+    update = UpdateWeightsFromDisk(model_path="m", weight_version="v1", expected_version="v0")
+    async with fleet() as ring:
+        await ring.say(facts(1, version="v0-rewritten", weight_files="new"))
+        task = asyncio.create_task(ring.client.command(update, 10))
+        await settle()
+        sent = ring.sent(UpdateWeightsFromDisk)
+        assert {one.rank: one.expected_version for one in sent} == {0: "v0", 1: None}
+        await ring.say(*(Prepared(id=sent[0].id, rank=rank, weight_files="new") for rank in (0, 1)))
+        assert decisions(ring) == {(0, ""), (1, "")}
+        task.cancel()
+
+
+@pytest.mark.parametrize("expected", ["v0", "v0-rewritten"])
+@asynchronous
+async def test_where_the_weights_of_all_were_rewritten_their_own_version_is_expected(expected: str) -> None:
+    update = UpdateWeightsFromDisk(model_path="m", weight_version="v1", expected_version=expected)
+    async with fleet() as ring:
+        await ring.say(*(facts(rank, version="v0-rewritten", weight_files="new") for rank in (0, 1)))
+        task = asyncio.create_task(ring.client.command(update, 10))
+        await settle()
+        sent = ring.sent(UpdateWeightsFromDisk)
+        assert {one.rank: one.expected_version for one in sent} == {0: expected, 1: expected}
+        await ring.say(*(Prepared(id=sent[0].id, rank=rank, weight_files="new") for rank in (0, 1)))
+        refused = "" if expected == "v0-rewritten" else "Weight version v0 was expected, v0-rewritten is served."
+        assert decisions(ring) == {(0, refused), (1, refused)}
+        task.cancel()
+
+
+@asynchronous
 async def test_weights_that_were_rewritten_do_not_get_the_name_of_the_others() -> None:
     async with fleet() as ring:
         await ring.say(facts(1, version="v0-rewritten", weight_files="new"))
@@ -349,6 +380,21 @@ async def test_weights_that_were_rewritten_do_not_get_the_name_of_the_others() -
         assert ring.client.schedulers.is_behind(1)
         ring.client.open([asked("a", 1)])
         assert ring.generates[-1][:2] == ("a", 0)
+
+
+@asynchronous
+async def test_where_the_weights_of_all_were_rewritten_clients_hear_so_when_the_last_one_speaks() -> None:
+    async with fleet() as ring:
+        shown: list[str] = []
+        ring.client.on_facts = lambda facts: shown.append(facts.state["weight_version"])
+        await ring.end(0)
+        await ring.end(1)
+        ring.start(0, epoch=1, version="v0-rewritten", weight_files="new")
+        await settle()
+        assert shown[-1] == "v0", "the other one may come back with it"
+        ring.start(1, epoch=1, version="v0-rewritten", weight_files="new")
+        await settle()
+        assert shown[-1] == "v0-rewritten"
 
 
 @asynchronous

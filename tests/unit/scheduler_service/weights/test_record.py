@@ -89,3 +89,53 @@ def test_random_weights_come_from_no_file(model: Path, tmp_path: Path) -> None:
     rewrite(model)
     assert record.restored(config, own).weight_version == "A"
     assert Committed.at_start(config).weight_files == ""
+
+
+def test_a_broken_index_of_files_that_are_not_read_does_not_matter(model: Path, tmp_path: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin.index.json").write_text("{")
+    config, (own, _) = started(model, load_format="dummy", weight_version="A"), own_dirs(tmp_path)
+    record.begin(config, own, own)
+    assert record.restored(config, own).weight_version == "A"
+
+
+def test_a_server_starts_though_nothing_can_be_recorded(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = started(model, weight_version="A")
+    record.begin(config, str(tmp_path / "none"), str(tmp_path / "none"))
+    assert record.restored(config, str(tmp_path / "none")).weight_version == "A"
+    assert "could not be recorded" in caplog.text
+
+
+def test_files_that_are_being_written_are_not_read_before_they_are_complete(model: Path) -> None:
+    clock, to_write = [1000.0], [1001.0, 1002.0]
+
+    def write_on(wait_s: float) -> None:
+        clock[0] += wait_s
+        while to_write and to_write[0] <= clock[0]:
+            written_ns = int(to_write.pop(0) * 1e9)
+            os.utime(model / "model.safetensors", ns=(written_ns, written_ns))
+
+    known = Committed.at_start(started(model))
+    record.wait_until_written(known, lambda: clock[0], write_on)
+    assert clock == [1000.0], "they are those that are known"
+    os.utime(model / "model.safetensors", ns=(1000 * 10**9, 1000 * 10**9))
+    record.wait_until_written(known, lambda: clock[0], write_on)
+    assert not to_write
+    assert 1002 + record.QUIET_S <= clock[0] < 1003 + record.QUIET_S
+    rewrite(model)
+    record.wait_until_written(known, lambda: clock[0], write_on)
+    assert clock[0] < 1003 + record.QUIET_S, "they were written long ago"
+
+
+def test_files_that_somebody_writes_to_all_the_time_are_not_waited_for_longer_than_a_minute(model: Path) -> None:
+    clock, known = [1000.0], Committed.at_start(started(model))
+
+    def write_on(wait_s: float) -> None:
+        clock[0] += wait_s
+        os.utime(model / "model.safetensors", ns=(int(clock[0] * 1e9), int(clock[0] * 1e9)))
+
+    write_on(0.0)
+    record.wait_until_written(known, lambda: clock[0], write_on)
+    assert 1000 + record.MOST_WAIT_S <= clock[0] < 1001 + record.MOST_WAIT_S
