@@ -1,5 +1,6 @@
 """The page at / in a real browser, on a real server with the demo model and a key."""
 
+import contextlib
 import json
 import os
 import re
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM}
 KEY = "right"
 AUTHORIZATION = {"Authorization": f"Bearer {KEY}"}
 WAIT_S = 120
-LONG = 400  # tokens: a second or more
+LONG = 400  # tokens
+SLOW_STEP_S = 0.02  # so that an answer of that length takes longer than a browser that has little of the processor
 IMAGES = ROOT / "docs" / "images"
 WANTS_IMAGES = bool(os.environ.get("QUARTET_SCREENSHOTS"))  # write them anew
 MOST_IMAGE_BYTES = 150 << 10
@@ -119,6 +121,16 @@ def api(server: Server, path: str, body: Any) -> Any:
     return requests.post(server.url + path, json=body, headers=AUTHORIZATION, timeout=WAIT_S).json()
 
 
+@contextlib.contextmanager
+def slow_steps(server: Server) -> Iterator[None]:
+    """Every step takes longer; a scheduler that is started again meanwhile is as quick as ever."""
+    api(server, "/slow_down", {"forward_sleep_time": SLOW_STEP_S})
+    try:
+        yield
+    finally:
+        api(server, "/slow_down", {"forward_sleep_time": None})
+
+
 # talking
 
 
@@ -141,10 +153,11 @@ def test_a_conversation_is_streamed_and_outlasts_a_reload(visit: Callable[..., V
 def test_esc_stops_an_answer_which_can_go_on_later(visit: Callable[..., Visit], server: Server) -> None:
     seen = visit()
     seen.make_long(LONG)
-    seen.say("Tell me a story.")
-    expect(seen.texts).not_to_be_empty()
-    seen.page.keyboard.press("Escape")
-    stopped = seen.answer(0)
+    with slow_steps(server):
+        seen.say("Tell me a story.")
+        expect(seen.texts).not_to_be_empty()
+        seen.page.keyboard.press("Escape")
+        stopped = seen.answer(0)
     assert stopped and "Stopped." in seen.answers.inner_text()
     idle = requests.get(f"{server.url}/flush_cache?timeout=30", headers=AUTHORIZATION, timeout=WAIT_S)
     assert idle.status_code == 200  # nothing runs any more
@@ -454,11 +467,12 @@ def test_a_text_goes_on_when_the_scheduler_dies_under_it(visit: Callable[..., Vi
     expected = api(server, "/v1/chat/completions", body)["choices"][0]["message"]["content"]
     seen = visit()
     seen.make_long(LONG)
-    seen.say("Tell me a story.")
-    expect(seen.texts).not_to_be_empty()
-    start = len(server.log)
-    server.children()["scheduler"].kill()
-    server.wait_for_match("The scheduler was started again; 1 of 1 requests", start)
+    with slow_steps(server):
+        seen.say("Tell me a story.")
+        expect(seen.texts).not_to_be_empty()
+        start = len(server.log)
+        server.children()["scheduler"].kill()
+        server.wait_for_match("The scheduler was started again; 1 of 1 requests", start)
     seen.answer(0)
     [kept] = seen.kept()
     [answer] = kept["messages"][1]["versions"]
@@ -469,12 +483,13 @@ def test_a_text_goes_on_when_the_scheduler_dies_under_it(visit: Callable[..., Vi
 def test_a_text_goes_on_when_the_gateway_dies_under_it(visit: Callable[..., Visit], server: Server) -> None:
     seen = visit()
     seen.make_long(LONG)
-    seen.say("Tell me a story.")
     content = seen.texts
-    expect(content).not_to_be_empty()
-    before = content.inner_text().rstrip()
-    server.children()["gateway"].kill()
-    expect(seen.answers.locator(".resumed")).to_be_visible()
+    with slow_steps(server):
+        seen.say("Tell me a story.")
+        expect(content).not_to_be_empty()
+        before = content.inner_text().rstrip()
+        server.children()["gateway"].kill()
+        expect(seen.answers.locator(".resumed")).to_be_visible()
     assert seen.answer(0).startswith(before) and len(seen.answer(0)) > len(before)
     assert len(seen.asked) >= 2 and seen.asked[-1]["continue_final_message"]
     [kept] = seen.kept()
