@@ -1,88 +1,44 @@
 """A device that takes a given time for a step while the CPU is free, as a GPU does: it waits in place of computing.
 
 The scheduler, the planner, the worker, the launch of a decode step (`FusedSteps.replay`) and of its draw, and the
-grammars are the real ones, in this process. A forward pass is an entry in the device's time. What is drawn is a text
-that a good model would write under the schema, a different one for each request. With and without a schema the tokens
-are the same, and so is the work of the device, but for the draw behind a mask, whose time is given too.
+grammars are the real ones, in this process. A forward pass is an entry in the device's time. What is drawn is a given
+text (written_text.py). With and without a schema the tokens are the same, and so is the work of the device, but for
+the draw behind a mask, whose time is given too. With drafts a verification takes as long as any other step.
 
 The host's time is the CPU time of this process and the time that it has waited for the device: that of a host which
 nobody disturbs.
 What is not in it: the calls of CUDA that launch a graph, copies and a draw, and the other processes of a server.
 """
 
-import json
-import random
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer
 
-from quartet.runtime.errors import RequestError
-from quartet.runtime.messages import Message, Request, Tokenized, pack_ids
-from quartet.runtime.model_files import model_info
-from quartet.runtime.sampling import SamplingParams
-from quartet.runtime.sockets import encode
-from quartet.scheduler_service.assemble import planner_config
+from deploy.benchmarks.written_text import LoneScheduler, Texts, Writing, WritingWorker
 from quartet.scheduler_service.core.plan import Plan
-from quartet.scheduler_service.core.planner import Planner
-from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.experts import Chosen
 from quartet.scheduler_service.execution.fused_steps import FusedSteps
 from quartet.scheduler_service.execution.graphs import Key, PlainRecorder
 from quartet.scheduler_service.execution.inputs import Inputs
 from quartet.scheduler_service.execution.launched_step import Drawn
 from quartet.scheduler_service.execution.steps import Computed, Step, Steps
-from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.masks import Begun
-from quartet.scheduler_service.grammar.matchers import Grammar, GrammarCompiler
 from quartet.scheduler_service.host.transfer import Arrival
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.fused_backend import FusedBackend
 from quartet.scheduler_service.sampling.rows import Draws
-from quartet.scheduler_service.scheduler import Scheduler
-from tests.configs import resolved
 
-FIRST_ID = 1000
-PROMPT_LEN = 16
 CONTEXT = 4096
-SETTINGS: dict[str, Any] = {"dtype": "bfloat16", "page_size": 16, "max_total_tokens": 65536}
-CITIES = (
-    "Paris",
-    "London",
-    "Berlin",
-    "Madrid",
-    "Rome",
-    "Lisbon",
-    "Vienna",
-    "Prague",
-    "Warsaw",
-    "Budapest",
-    "Athens",
-    "Dublin",
-    "Oslo",
-    "Stockholm",
-    "Bern",
-    "Brussels",
-)
-
-Texts = dict[int, list[int]]  # the output of each request, by the first id of its prompt
-
-
-class Round(NamedTuple):
-    """Concurrent requests, all together."""
-
-    tokens_per_s: float
-    cpu_ms_per_token: float  # of all processes that take part
 
 
 class Device:
     """Work in the order in which it was given, each piece for a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, step_s: float, draw_s: float) -> None:
+        self.step_s, self.draw_s = step_s, draw_s  # what a step and a draw behind a mask take
         self.done_s = 0.0  # when all of it is
         self.waited_s = 0.0  # by the host
 
@@ -111,60 +67,52 @@ class Moment(Arrival):
 class PacedSteps(FusedSteps):
     """Steps on a paced device. Their tokens are those of the texts."""
 
-    def pace(self, device: Device, step_s: float, draw_s: float, texts: Texts) -> None:
+    def pace(self, device: Device, writing: Writing) -> None:
         """Call it before anything else."""
-        self.paced, self.step_s, self.draw_s, self.texts = device, step_s, draw_s, texts
-        self.coming: list[int] = []  # by row
+        self.paced, self.writing = device, writing
         ops = SimpleNamespace(process_logits=self.mask, select=self.choose)
         self.backend.sampling.ops = ops
 
     def compute(self, key: Key) -> None:
-        self.paced.work(self.step_s)
+        self.paced.work(self.paced.step_s)
 
     def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
-        self.paced.work(self.step_s)
+        self.paced.work(self.paced.step_s)
         return torch.zeros(inputs.offsets[-1], self.model.hidden_size, dtype=self.model.dtype)
 
     def logits(self, step: Step, computed: Computed) -> torch.Tensor:
-        rows = zip(step.drawing.slices, step.drawing.positions, strict=True)
-        self.coming = [self.next_token(step.plan.slices[i].sequence, position) for i, position in rows]
+        self.writing.look(step)
         if isinstance(computed.draws, Draws):
-            computed.draws.tokens = torch.tensor(self.coming)
-            computed.draws.valid = torch.ones(len(self.coming), dtype=torch.bool)
-        return torch.empty(len(self.coming), self.model.vocab_size) if computed.logits is None else computed.logits
-
-    def next_token(self, sequence: Sequence, position: int) -> int:
-        return self.texts[sequence.ids[0]][position - sequence.prompt_len]
+            draws = self.writing.draws()
+            computed.draws.tokens, computed.draws.valid = draws.tokens, draws.valid
+        rows = len(step.drawing.positions)
+        return torch.empty(rows, self.model.vocab_size) if computed.logits is None else computed.logits
 
     def mask(self, logits: torch.Tensor, allowed: torch.Tensor | None, *_: torch.Tensor) -> None:
-        self.paced.work(self.draw_s)
-        if allowed is not None:
-            masks, tokens = allowed.numpy(), np.array(self.coming)
-            bits = masks[np.arange(len(tokens)), tokens // 32] >> tokens % 32 & 1
-            assert bits.all(), tokens[bits == 0]
+        self.paced.work(self.paced.draw_s)
+        self.writing.check(allowed)
 
     def choose(self, *tensors: torch.Tensor) -> None:
         *_, tokens, valid = tensors
-        tokens.copy_(torch.tensor(self.coming))
-        valid.fill_(1)
+        draws = self.writing.draws()
+        tokens.copy_(draws.tokens)
+        valid.copy_(draws.valid)
 
 
-class PacedWorker(Worker):
+class PacedWorker(WritingWorker):
     """A worker whose device is paced."""
 
-    def __init__(self, directory: Path, streams: int, step_s: float, draw_s: float, texts: Texts) -> None:
-        self.paced, self.pace = Device(), (step_s, draw_s, texts)
-        settings = {**SETTINGS, "max_running_requests": streams}
-        config = resolved(model_path=str(directory), model_dir=str(directory), **settings)
-        self.config = config
-        super().__init__(config, model_info.load(config), depth=1, implementation="torch")
+    def __init__(self, directory: Path, streams: int, texts: Texts, drafts: bool, device: Device) -> None:
+        self.paced = device
+        super().__init__(directory, streams, texts, drafts, depth=0 if drafts else 1, implementation="torch")
+        self.is_apart = True
 
     def make_steps(self, *_: Any) -> Steps:
         model, cache = self.model, self.cache
         assert isinstance(model, Decoder)
         backend = FusedBackend(model.spec.ropes, model.dtype, model.device, "torch", CONTEXT, False, False, None)
         steps = PacedSteps(model.on(backend), backend, cache, self.tokens, CONTEXT)
-        steps.pace(self.paced, *self.pace)
+        steps.pace(self.paced, self.writing)
         steps.use_graphs(PlainRecorder(), self.max_running_requests)
         steps.begin()
         return steps
@@ -175,93 +123,16 @@ class PacedWorker(Worker):
         return drawn
 
 
-class Inbox:
-    """Gives what was put in, once."""
+class PacedScheduler(LoneScheduler):
+    """A scheduler on a paced device."""
 
-    def __init__(self) -> None:
-        self.messages: list[Message] = []
+    def __init__(self, directory: Path, streams: int, tokens: int, drafts: bool, step_s: float, draw_s: float) -> None:
+        self.device = Device(step_s, draw_s)
+        super().__init__(directory, streams, tokens, drafts)
 
-    def recv(self, timeout_s: float | None = 0.0) -> list[Any]:
-        messages, self.messages = self.messages, []
-        return messages
+    def make_worker(self, directory: Path, texts: Texts, drafts: bool) -> WritingWorker:
+        return PacedWorker(directory, self.streams, texts, drafts, self.device)
 
-
-class Outbox:
-    """Encodes what is sent."""
-
-    def send(self, messages: Any) -> None:
-        encode(messages)
-
-
-class NoProgress:
-    def beat(self, busy: bool) -> None:
-        pass
-
-
-class AtOnce:
-    """Compiles a grammar when it is asked for."""
-
-    def __init__(self, compiler: GrammarCompiler) -> None:
-        self.compiler = compiler
-        self.compiled: list[tuple[str, Grammar | RequestError]] = []
-
-    def submit(self, rid: str, kind: str, text: str, call: str = "") -> None:
-        self.compiled.append((rid, self.compiler.compile(kind, text)))
-
-    def cancel(self, rid: str) -> None:
-        self.compiled = [one for one in self.compiled if one[0] != rid]
-
-    def ready(self) -> list[tuple[str, Grammar | RequestError]]:
-        compiled, self.compiled = self.compiled, []
-        return compiled
-
-
-class PacedServer:
-    """A scheduler on a paced device, and the requests that it is given."""
-
-    def __init__(self, directory: Path, streams: int, tokens: int, step_s: float, draw_s: float) -> None:
-        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self.streams, self.tokens = streams, tokens
-        texts = {FIRST_ID + i: tokenizer.encode(written(i, tokens)).ids for i in range(streams)}
-        self.worker = PacedWorker(directory, streams, step_s, draw_s, texts)
-        config, info = self.worker.config, self.worker.info
-        self.compiler = GrammarCompiler(directory, self.worker.model.vocab_size, info.eos_ids)
-        self.inbox = Inbox()
-        self.scheduler = Scheduler(
-            Planner(planner_config(config, info, self.worker)),
-            self.worker,
-            self.inbox,
-            Outbox(),
-            NoProgress(),  # type: ignore[arg-type]
-            depth=1,
-            grammars=AtOnce(self.compiler),
-        )
-
-    def run(self, params: dict[str, Any]) -> Round:
-        """Serve all streams, from when the prompts of all have been computed."""
-        wanted = SamplingParams(temperature=0.8, ignore_eos=True, **params)
-        for i in range(self.streams):
-            ids = pack_ids([FIRST_ID + i, *range(PROMPT_LEN - 1)])
-            self.inbox.messages.append(Tokenized(request=Request(rid=f"{i:032x}", params=wanted), prompt_ids=ids))
-        self.scheduler.step()
-        while any(sequence.needs_prefill for sequence in self.scheduler.planner.running):
-            self.scheduler.step()
-        started_s, cpu_before_s, steps = self.worker.paced.now_s, time.process_time(), 0
-        while not self.scheduler.idle:
-            self.scheduler.step()
-            steps += 1
-        taken_s, cpu_s = self.worker.paced.now_s - started_s, time.process_time() - cpu_before_s
-        return Round(steps * self.streams / taken_s, cpu_s * 1000 / (steps * self.streams))
-
-    def close(self) -> None:
-        self.compiler.close()
-
-
-def written(number: int, tokens: int) -> str:
-    """A list as the schema wants it, of at least so many tokens."""
-    draw = random.Random(number)
-    entries = [
-        {"city": draw.choice(CITIES), "people": draw.randrange(100_000, 10_000_000), "coast": draw.random() < 0.5}
-        for _ in range(tokens // 8)
-    ]
-    return json.dumps(entries)
+    @property
+    def now_s(self) -> float:
+        return self.device.now_s

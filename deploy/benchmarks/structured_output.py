@@ -4,10 +4,14 @@ of the first token under a schema that is new to the server. The same with draft
     python -m deploy.benchmarks.structured_output [--model DIR|demo|half-billion|small] [--streams 16]
                                                   [--tokens 128] [--rounds 7]
     python -m deploy.benchmarks.structured_output --model small --streams 1 2 4       # steps of about 4 ms on a CPU
+    python -m deploy.benchmarks.structured_output --same-text --streams 1 2 4         # the same text with and without
     python -m deploy.benchmarks.structured_output --step-ms 4 --streams 1 4 16 64     # on a device, beside the CPU
 
-`small` is random, with Qwen's vocabulary of 151,936 tokens and a body of --hidden and --layers. With --step-ms, steps
-take that long on a device that leaves the CPU free (paced_device.py), and a draw behind a mask --draw-ms.
+`small` is random, with Qwen's vocabulary of 151,936 tokens and a body of --hidden and --layers. What it writes freely
+is another text than what it writes under a schema, and how often a draft of it is right is chance: see the tokens of a
+step. With --same-text a scheduler in this process serves the small model, and each request writes a given text under
+the schema and without (written_text.py). With --step-ms, steps take that long on a device that leaves the CPU free
+(paced_device.py), and a draw behind a mask --draw-ms; the texts are the same there too.
 
 Both runs make the same number of tokens: the schema's list is longer than any output, and the free run ignores the end
 token. The runs alternate, and ratios are medians over neighbouring rounds, so that a busy machine disturbs less; least
@@ -28,7 +32,8 @@ import psutil
 import requests
 
 from deploy.benchmarks import small_model
-from deploy.benchmarks.paced_device import PacedServer, Round
+from deploy.benchmarks.paced_device import PacedScheduler
+from deploy.benchmarks.written_text import LoneScheduler, Round, WritingScheduler
 from tests.servers import Server, launched
 
 WAIT_S = 600
@@ -128,13 +133,16 @@ def run(model: str, streams: list[int], tokens: int, rounds: int) -> None:
                 delays_of_new_schemas(server)
 
 
-def run_paced(model: str, streams: list[int], tokens: int, rounds: int, step_ms: float, draw_ms: float) -> None:
-    took = f"a step takes {step_ms} ms and a draw behind a mask {draw_ms}"
-    print(f"{tokens} tokens each, a device on which {took}; medians of {rounds} rounds")
-    for count in streams:
-        server = PacedServer(Path(model), count, tokens, step_ms / 1000, draw_ms / 1000)
-        compare(server.run, count, tokens, rounds, "device")
-        server.close()
+def run_alone(
+    make: Callable[[int, bool], LoneScheduler], where: str, streams: list[int], tokens: int, rounds: int
+) -> None:
+    """The same of schedulers in this process. `make`: one for so many streams, with drafts or without."""
+    print(f"{tokens} tokens each, {where}; medians of {rounds} rounds")
+    for name, drafts in (("plain", False), ("drafts", True)):
+        for count in streams:
+            scheduler = make(count, drafts)
+            compare(scheduler.run, count, tokens, rounds, name)
+            scheduler.close()
 
 
 def main() -> None:
@@ -147,16 +155,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="of the small model")
     parser.add_argument("--step-ms", type=float, help="steps of a device beside the CPU; with a small model")
     parser.add_argument("--draw-ms", type=float, default=0.1, help="of a draw behind a mask, where --step-ms is given")
+    parser.add_argument("--same-text", action="store_true", help="a scheduler of the small model in this process")
     given = parser.parse_args()
     model, measured = given.model, (given.streams, given.tokens, given.rounds)
     if model == "half-billion":
         from deploy.benchmarks.half_billion import build
 
         model = str(build(HALF_BILLION, "bfloat16"))
-    if model == "small" or given.step_ms is not None:
+    if model == "small" or given.same_text or given.step_ms is not None:
         model = str(small_model.build(Path(f"{SMALL}-{given.hidden}-{given.layers}"), given.hidden, given.layers))
     if given.step_ms is not None:
-        run_paced(model, *measured, given.step_ms, given.draw_ms)
+        paced = (given.step_ms / 1000, given.draw_ms / 1000)
+        where = f"a device on which a step takes {given.step_ms} ms and a draw behind a mask {given.draw_ms}"
+        run_alone(lambda n, drafts: PacedScheduler(Path(model), n, given.tokens, drafts, *paced), where, *measured)
+    elif given.same_text:
+        where = "small model, the same text with a schema and without"
+        run_alone(lambda n, drafts: WritingScheduler(Path(model), n, given.tokens, drafts), where, *measured)
     else:
         run(model, *measured)
 

@@ -1,7 +1,5 @@
 """The grammars of a step: the masks of its rows."""
 
-from typing import NamedTuple
-
 import torch
 
 from quartet.scheduler_service.core.request import Sequence
@@ -11,18 +9,23 @@ from quartet.scheduler_service.grammar.matchers import Bitmask, Grammar, Matcher
 from quartet.scheduler_service.host.transfer import page_locked
 
 
-class Constraints(NamedTuple):
+class Constraints:
     """Applies the grammars of steps to their draws."""
 
-    masks: Masks
+    def __init__(self, masks: Masks) -> None:
+        self.masks = masks
+        self._last: tuple[Bitmask, torch.Tensor] | None = None  # the same memory, seen twice
 
     def start(self, step: Step, *, awaited: bool = False) -> Begun | None:
         """Begin the masks of the rows that are drawn from; None where none is needed. `awaited`: see Masks.start."""
         sampled = [(step.states[i], step.plan.slices[i].drafts) for i in step.drawing.sampled]
         return self.masks.start([(state.matcher, drafts) for state, drafts in sampled], awaited=awaited)
 
-    def finish(self, step: Step, masks: Begun | None) -> Bitmask | None:
-        """Wait for the masks. Where looking at drafts was too much for a matcher, there is a new one without drafts."""
+    def finish(self, step: Step, masks: Begun | None) -> torch.Tensor | None:
+        """Wait for the masks: int32 (rows, words), on the host.
+
+        Where looking at drafts was too much for a matcher, there is a new one without drafts.
+        """
         if masks is None:
             return None
         bitmask, row = masks.result(), 0
@@ -33,7 +36,9 @@ class Constraints(NamedTuple):
                 assert matcher is not None, share.sequence.rid
                 self.masks.refill(bitmask, row, matcher)
             row += 1 + len(share.drafts)
-        return bitmask
+        if self._last is None or self._last[0] is not bitmask:
+            self._last = bitmask, torch.from_numpy(bitmask)
+        return self._last[1]
 
 
 def make_masks(vocab_size: int, device: torch.device, running: int) -> Masks:

@@ -83,6 +83,7 @@ class Worker:
         """
         self.info, self.weight_version = info, config.weight_version
         self.device = torch.device(config.device)
+        self.is_apart = self.device.type != "cpu"  # it computes while the host goes on
         free_gb, running = available_gb(self.device), config.max_running_requests
         kernels = start_compiling(config, info, self.device, running, implementation)
         self.model = load(config, info, self.device)
@@ -253,7 +254,7 @@ class Worker:
         for sequence in plan.retracted:
             self.forget(sequence)
         step = self.describe(plan)
-        masks = None if self.behind(step) else self.constraints.start(step)
+        masks = None if self.is_apart or self.behind(step) else self.constraints.start(step)
         computed = self.steps.run(step)
         launched = LaunchedStep([Result() for _ in plan.slices])
         self.fill_results(step, computed, launched.results)
@@ -350,8 +351,8 @@ class Worker:
         if draws is None:
             self.finish_steps_for(states)
             masks = self.constraints.start(step, awaited=True) if masks is None else masks
-            bitmask = self.constraints.finish(step, masks)
-            allowed = None if bitmask is None else send(torch.from_numpy(bitmask), self.device)
+            made = self.constraints.finish(step, masks)
+            allowed = None if made is None else send(made, self.device)
             adjust_single_tokens(logits, [state.row for state in states], drawing.positions)
             draws = self.steps.sample(logits, rows, allowed, keep_logits=any(options))
             if self.keeps_tokens:

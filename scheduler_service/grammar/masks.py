@@ -27,7 +27,8 @@ NONE_ALLOWED = 0
 THREADS = 2
 LEAST_CORES = 4  # for them: with two, 64 rows took longer on two threads than one after the other
 THREAD_FROM_S = 0.001  # of work; less is not worth what the two threads take from each other
-LAST_WEIGHT = 0.25  # of the last step in the moving average of the time for a row
+LAST_WEIGHT = 0.25  # of the last measured step in the moving average of the time for a row
+MEASURED_EVERY = 4  # steps whose masks are computed at once: the clock of a thread's own time asks the kernel
 
 
 MakeRoom = Callable[[int, int], Bitmask]  # of so many rows and words, with anything in it
@@ -61,13 +62,16 @@ class Room:
         self.words = words
         self.bitmask: Bitmask = np.empty((0, words), np.int32)
         self.address = 0
+        self._rows = self.bitmask  # as given last
 
     def rows(self, count: int, make: MakeRoom) -> Bitmask:
-        """The first rows of it, which is made anew where it is too small."""
-        if count > len(self.bitmask):
-            self.bitmask = make(count, self.words)
-            self.address = self.bitmask.ctypes.data
-        return self.bitmask[:count]
+        """The first rows of it, which is made anew where it is too small; the same object for the same count."""
+        if count != len(self._rows):
+            if count > len(self.bitmask):
+                self.bitmask = make(count, self.words)
+                self.address = self.bitmask.ctypes.data
+            self._rows = self.bitmask[:count]
+        return self._rows
 
 
 class Masks:
@@ -88,6 +92,7 @@ class Masks:
         self._thread = ThreadPoolExecutor(1, "masks") if threaded else None
         self._begun: Future[Bitmask] | None = None  # in the thread
         self._row_s = THREAD_FROM_S  # the time for a row, as it was lately
+        self._unmeasured = MEASURED_EVERY  # steps since it was measured
 
     def start(
         self, requests: Sequence[tuple[Matcher | None, tuple[int, ...]]], *, awaited: bool = False
@@ -108,9 +113,11 @@ class Masks:
             wait((self._begun,))  # of a step that has failed: nobody has asked for its masks
             self._begun = None
         if self._thread is not None and not awaited and rows * self._row_s >= THREAD_FROM_S:
-            self._begun = self._thread.submit(self._fill, constrained, rows)
+            self._begun = self._thread.submit(self._measured, constrained, rows)
             return self._begun
-        return Ready(self._fill(constrained, rows))
+        self._unmeasured += 1
+        fill = self._measured if self._unmeasured >= MEASURED_EVERY else self._fill
+        return Ready(fill(constrained, rows))
 
     def refill(self, bitmask: Bitmask, row: int, matcher: Matcher) -> None:
         """Compute the mask of one row anew, by another matcher and without drafts."""
@@ -118,18 +125,24 @@ class Masks:
         if matcher.failed:
             bitmask[row] = ALL_ALLOWED
 
-    def _fill(self, constrained: list[Constrained], rows: int) -> Bitmask:
-        """The masks of `rows` rows, of which the others allow all. See Matcher.error afterwards."""
+    def _measured(self, constrained: list[Constrained], rows: int) -> Bitmask:
+        """The same as `_fill`, and note what it took."""
         # In a thread, waits for the interpreter do not count; work that is spread over threads is one wait.
         clock = time.monotonic if self._filler.uses_threads(len(constrained)) else time.thread_time
         begun_s = clock()
+        bitmask = self._fill(constrained, rows)
+        self._row_s += LAST_WEIGHT * ((clock() - begun_s) / rows - self._row_s)
+        self._unmeasured = 0
+        return bitmask
+
+    def _fill(self, constrained: list[Constrained], rows: int) -> Bitmask:
+        """The masks of `rows` rows, of which the others allow all. See Matcher.error afterwards."""
         room = self._rooms.pop(0)
         self._rooms.append(room)
         bitmask = room.rows(rows, self._make_room)
         if rows > len(constrained):  # else each is written to
             bitmask.fill(ALL_ALLOWED)
         self._filler.fill(constrained, bitmask, room.address)
-        self._row_s += LAST_WEIGHT * ((clock() - begun_s) / rows - self._row_s)
         for matcher, row, drafts in constrained:
             if matcher.failed:
                 bitmask[row] = ALL_ALLOWED  # its request ends; the row must only not fail the others

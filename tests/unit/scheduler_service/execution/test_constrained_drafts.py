@@ -215,3 +215,16 @@ def test_a_matcher_that_looking_at_drafts_is_too_much_for_is_made_anew(directory
     drafted = answers(engine, params)
     same(drafted, plain)
     assert engine.planner.stats.proposed_drafts > 0 and engine.planner.stats.correct_drafts == 0
+
+
+def test_a_device_beside_the_cpu_computes_while_its_masks_are_made(directory, monkeypatch):
+    engine, events = with_drafts(directory), []
+    engine.worker.is_apart = True
+    run, start = engine.worker.steps.run, engine.worker.constraints.masks.start
+    monkeypatch.setattr(engine.worker.steps, "run", lambda step: events.append("step") or run(step))
+    monkeypatch.setattr(
+        engine.worker.constraints.masks, "start", lambda *args, **how: events.append("masks") or start(*args, **how)
+    )
+    params = constrained(GREEDY, "schema")
+    same(answers(engine, params), answers(Engine(directory), params))
+    assert events == ["step", "masks"] * (len(events) // 2)
