@@ -194,7 +194,7 @@ async def serve(boot: Boot) -> None:
     if boot.epoch:
         payloads.remove_leftovers(boot.run_dir)
         await ring.introduce()
-    facts = await ring.facts()
+    facts = await ring.schedulers.facts()
     formats = detection.detect(config, model, template_sources(template_dir(model, config), config.chat_template))
     log.info("%s", formats)
     traces = tracer_of(config)

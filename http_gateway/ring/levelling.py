@@ -40,6 +40,7 @@ class Leveller:
         self._schedulers = schedulers
         self._run = run
         self._uses = uses
+        self.on_progress: Callable[[], object] = lambda: None  # one has got what it was given, or will not
         schedulers.on_change = self.look_soon
         self._said: dict[int, int] = {}  # rank → epoch
         self._under_way: dict[int, asyncio.Task[None]] = {}  # by rank
@@ -56,9 +57,12 @@ class Leveller:
 
     def look_at(self, rank: int) -> None:
         """A scheduler has spoken: bring it to what was decided, where it serves something else."""
+        self.on_progress()
         if not self._schedulers.is_behind(rank):
             self._say(rank)
         elif rank not in self._under_way and not self._schedulers.changes(rank):  # else it is looked at behind that
+            if (timer := self._again.pop(rank, None)) is not None:
+                timer.cancel()
             epoch = self._schedulers.all[rank].epoch
             task = self._under_way[rank] = asyncio.create_task(self._level(rank))
             task.add_done_callback(lambda _: self._done(rank, epoch))
@@ -71,11 +75,17 @@ class Leveller:
             self.look_at(rank)
         elif self._schedulers.is_behind(rank):
             self._look_later(rank)
+        self.on_progress()
+
+    def gives(self, rank: int, adapter: str) -> bool:
+        """Whether this scheduler is given an adapter that requests may name, or is about to be; "" is the base."""
+        one, decided = self._schedulers.all[rank], self._schedulers.decided
+        if not adapter or decided is None or not one.up or (rank in self._again and rank not in self._under_way):
+            return False
+        return any(name == adapter for name, _, _ in decided.served.adapters - one.served.adapters)
 
     def _look_later(self, rank: int) -> None:
         """Nobody may say anything for long, and a file that could not be read may be there again."""
-        if (timer := self._again.pop(rank, None)) is not None:
-            timer.cancel()
         self._again[rank] = asyncio.get_running_loop().call_later(AGAIN_AFTER_S, self._look_again, rank)
 
     def _look_again(self, rank: int) -> None:

@@ -92,6 +92,7 @@ class RingClient:
         self._watch = watch
         self._commands = Commands(partial(send_frame, outbox), self._serials, self.schedulers)
         self._leveller = Leveller(self.schedulers, self._commands.run, partial(names_adapter, self._pending))
+        self._leveller.on_progress = self._send_ready  # requests wait here for an adapter that their scheduler is given
         self._unloaded = UnloadedAdapters(self.schedulers, self._pending, outbox.send)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -126,9 +127,9 @@ class RingClient:
             parent = parents[index] if parents else ""
             rank = self.schedulers.choose(generate)
             entries.append(JournalEntry(generate, parent, group, index, next(self._serials), now, self._attempt, rank))
-        if not self._quarantine.unproven:
-            send_frame(self._outbox, [self._message(entry) for entry in entries])
-            for entry in entries:
+        if ready := [entry for entry in entries if self._may_be_sent(entry)]:
+            send_frame(self._outbox, [self._message(entry) for entry in ready])
+            for entry in ready:
                 entry.in_ring = entry.known = True
         self._pending.update((entry.rid, entry) for entry in entries)
         self._idle.clear()
@@ -136,6 +137,9 @@ class RingClient:
 
     def _message(self, entry: JournalEntry) -> Generate:
         return entry.message(self.schedulers.all[entry.rank].epoch)
+
+    def _may_be_sent(self, entry: JournalEntry) -> bool:
+        return self._quarantine.admits(entry) and not self._leveller.gives(entry.rank, entry.request.adapter)
 
     def _abort_group(self, group: RequestGroup) -> None:
         left = [entry for rid in group.rids if (entry := self._pending.get(rid)) and entry.group is group]
@@ -252,7 +256,7 @@ class RingClient:
         held = [entry for entry in self._pending.values() if not (entry.in_ring or entry.requested_abort)]
         if self._quarantine.unproven and not self._quarantine.cleared:
             self._send_clearing_probe(held)
-        ready: list[JournalEntry | UnansweredCommand] = [entry for entry in held if self._quarantine.admits(entry)]
+        ready: list[JournalEntry | UnansweredCommand] = [entry for entry in held if self._may_be_sent(entry)]
         sent = 0
         for item in sorted([*ready, *commands], key=lambda item: item.serial):
             if isinstance(item, UnansweredCommand):
@@ -284,10 +288,6 @@ class RingClient:
         if not isinstance(answer, Probe):
             return {}
         return {**answer.counters, GATEWAY: {"failed_messages_total": self.guard.failed}}
-
-    async def facts(self) -> Facts:
-        """What the loaded model allows; waits until the scheduler has said it."""
-        return await self.schedulers.facts()
 
     async def wait_until_connected(self) -> None:
         """Wait until a probe has gone all the way round: every hop is there and connected to the next."""

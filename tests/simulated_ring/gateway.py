@@ -135,7 +135,7 @@ class GatewayProcess(Process):
         self.loop.create_task(ring.listen())
         if self.epoch:
             await ring.introduce()
-        facts = await ring.facts()
+        facts = await ring.schedulers.facts()
         self.gateway = Gateway(self._config, MODEL, facts, ring, None, None)  # type: ignore[arg-type]
         ring.ask_facts()
         await ring.wait_until_connected()

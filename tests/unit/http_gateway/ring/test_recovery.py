@@ -401,7 +401,7 @@ async def test_a_new_gateway_says_so_until_the_scheduler_speaks() -> None:
     assert await transport.sent_of(Restarted) == [Restarted(role="gateway")]
     transport.push(facts(3, paused=True))
     await introduction
-    assert (await client.facts()).state == {"paused": True}
+    assert (await client.schedulers.facts()).state == {"paused": True}
     assert PauseGeneration not in map(type, transport.sent)
     listening.cancel()
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from quartet.http_gateway.http.metrics import Metrics
+from quartet.http_gateway.ring import levelling
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
 from quartet.runtime.control import (
@@ -526,6 +527,48 @@ async def test_a_scheduler_that_comes_back_gets_the_adapters_that_were_decided_a
         assert shown == [[kept, late]] * 3
         ring.client.open([asked("b", 1)])
         assert ring.generates[-1][:2] == ("b", 1)
+
+
+@asynchronous
+async def test_where_no_scheduler_has_a_decided_adapter_its_requests_wait_until_theirs_is_given_it() -> None:
+    async with fleet() as ring:
+        ring.client.schedulers.decide(LoadAdapter(lora_name="a", lora_path="/a"))
+        named = [asked("x", 0), asked("y", 1), asked("base", 1)]
+        for generate in named[:2]:
+            generate.request.adapter = "a"
+        with ring.client.open(named):
+            assert [rid for rid, *_ in ring.generates] == ["base"]
+            ring.start(1)
+            await settle()
+            given = [(command.lora_name, command.rank) for command in ring.sent(LoadAdapter)]
+            assert given == [("a", 1)] and len(ring.generates) == 1
+            ring.start(1, adapters=[ADAPTER])
+            await settle()
+            assert [(rid, rank) for rid, rank, *_ in ring.generates] == [("base", 1), ("y", 1)]
+            ring.transport.sent.clear()
+            await ring.end(0)
+            assert [(rid, rank) for rid, rank, *_ in ring.generates] == [("x", 1)]
+
+
+@asynchronous
+async def test_a_request_does_not_wait_for_an_adapter_that_its_scheduler_cannot_be_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(levelling, "LOOK_AFTER_S", 0.0)
+    async with fleet() as ring:
+        ring.client.schedulers.decide(LoadAdapter(lora_name="a", lora_path="/a"))
+        named = asked("x", 0)
+        named.request.adapter = "a"
+        with ring.client.open([named]):
+            ring.start(0)
+            await settle()
+            while not ring.generates:
+                tries = ring.sent(LoadAdapter)
+                ring.transport.sent.clear()
+                await ring.say(
+                    *(Reply(id=command.id, rank=0, success=False, message="unreadable") for command in tries)
+                )
+            assert [rid for rid, *_ in ring.generates] == ["x"]
 
 
 @pytest.mark.parametrize("left_by", [0, 1])
