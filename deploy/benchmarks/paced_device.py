@@ -105,7 +105,10 @@ class PacedWorker(WritingWorker):
     def __init__(self, directory: Path, streams: int, texts: Texts, drafts: bool, device: Device) -> None:
         self.paced = device
         super().__init__(directory, streams, texts, drafts, depth=0 if drafts else 1, implementation="torch")
-        self.is_apart = True
+
+    @property
+    def is_apart(self) -> bool:
+        return True
 
     def make_steps(self, *_: Any) -> Steps:
         model, cache = self.model, self.cache

@@ -19,7 +19,7 @@ from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native import structures
 from quartet.kernels.cpu.native.library import ACTIVATIONS, Library, NormWeight
-from quartet.kernels.cpu.native.page_table import PageTable
+from quartet.kernels.cpu.native.page_table import PageTable, Wanted
 from quartet.kernels.cpu.native.structures import Attention, Rotation, Step
 
 Pools = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer, each (kv_heads, pool tokens, dim)
@@ -212,6 +212,7 @@ class Layers:
             self.streams * self.hidden,
             self.hidden if self.streams else 0,
         ]
+        self.can_leave_out = not (self.streams or self.input_size)  # rows that nobody looks at, in the last layer
         self.addresses: list[int] = []  # that are in `structures`
         self.pool_tokens = 0
         run = kernels.functions.quartet_layers
@@ -226,11 +227,13 @@ class Layers:
         pools: Sequence[Pools],
         inputs: torch.Tensor | None = None,
         stack: torch.Tensor | None = None,
-    ) -> None:
+        wanted: Wanted | None = None,
+    ) -> torch.Tensor:
         """The residual stream (rows, hidden) through all layers, in place; or the `stack` (rows, streams, hidden).
 
-        By rope: rotations as Library.rotate takes them. By layer: pools, to whose places `slots` (rows,) int64 keys and
-        values go, and which `table` describes; and inputs of their own (layers, rows, size), if they have such.
+        Returns it; of rows that are `wanted` it may be these alone, and the rest of the memory is anything. By rope:
+        rotations as Library.rotate takes them. By layer: pools, to whose places `slots` (rows,) int64 keys and values
+        go, and which `table` describes; and inputs of their own (layers, rows, size), if they have such.
         """
         native.check_matrix(residual)
         rows = len(residual)
@@ -248,7 +251,13 @@ class Layers:
             assert stack.dtype is torch.bfloat16 and stack.is_contiguous(), (stack.dtype, stack.stride())
         self.fill(pools)
         assert table.most_tokens <= self.pool_tokens < 2**31, (table.most_tokens, self.pool_tokens)
-        self.call(residual, rotations, slots, table, inputs, stack)
+        if not self.can_leave_out or self.layers[0].qkv.additions is not None:
+            wanted = None
+        if wanted is not None:
+            assert len(wanted.starts) == len(table.starts), (wanted.starts.shape, table.starts.shape)
+            assert wanted.rows.dtype is wanted.starts.dtype is torch.int64, (wanted.rows.dtype, wanted.starts.dtype)
+        self.call(residual, rotations, slots, table, inputs, stack, wanted)
+        return residual if wanted is None else residual[: len(wanted.rows)]
 
     def fill(self, pools: Sequence[Pools]) -> None:
         """Have `structures` describe the layers where they are now: updates of weights, for one, move them."""
@@ -273,6 +282,7 @@ class Layers:
         table: PageTable,
         inputs: torch.Tensor | None,
         stack: torch.Tensor | None,
+        wanted: Wanted | None,
     ) -> None:
         """Run the layers as `structures` describes them."""
         rows, pointers = len(residual), ctypes.c_void_p * len(rotations)
@@ -297,6 +307,9 @@ class Layers:
             *table.arguments(),
             torch.get_num_threads(),
             native.pointer_to(self.layers[0].qkv.additions, rows),
+            0 if wanted is None else len(wanted.rows),
+            None if wanted is None else wanted.rows.data_ptr(),
+            None if wanted is None else wanted.starts.data_ptr(),
         )
         functions = self.kernels.functions
         if functions.quartet_layers(self.kernels.kernels, self.structures, len(self.layers), step):

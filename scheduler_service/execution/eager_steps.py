@@ -9,12 +9,12 @@ from quartet.kernels.cpu.attention import paged_attention
 from quartet.kernels.cpu.attention_by_token import paged_attention_by_token
 from quartet.kernels.cpu.attention_native import can_attend, page_table, paged_attention_native
 from quartet.kernels.cpu.attention_schedule import Ragged
-from quartet.kernels.cpu.native.page_table import PageTable
+from quartet.kernels.cpu.native.page_table import PageTable, Wanted
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.execution.adapters import CpuAdapters
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.experts import Chosen
-from quartet.scheduler_service.execution.inputs import Inputs
+from quartet.scheduler_service.execution.inputs import Inputs, add_wanted
 from quartet.scheduler_service.execution.kv_cache import KVCache, Placement
 from quartet.scheduler_service.execution.state_cache import StateCache
 from quartet.scheduler_service.execution.steps import Step, Steps
@@ -31,6 +31,7 @@ class PagedAttend:
     placement: Placement
     ragged: Ragged
     attention: Attention
+    wanted: Wanted | None = None
 
     @property
     def places(self) -> torch.Tensor:
@@ -90,6 +91,8 @@ class EagerSteps(Steps):
     def inputs(self, step: Step) -> Inputs:
         """See Steps.inputs."""
         inputs = super().inputs(step)
+        if self.device.type == "cpu" and step.experts is None:
+            add_wanted(inputs, step.plan, step.drawing.places(step.plan, inputs.offsets))
         if self.states is not None:
             inputs.states = self.states.places(step.plan, inputs.offsets)
         return inputs
@@ -99,7 +102,7 @@ class EagerSteps(Steps):
         batch = Batch(
             input_ids=inputs.input_ids,
             positions=inputs.positions,
-            attend=PagedAttend(self.cache, inputs.placement, inputs.ragged, self.attention),
+            attend=PagedAttend(self.cache, inputs.placement, inputs.ragged, self.attention, inputs.wanted),
             starts=inputs.starts,
             token_types=inputs.token_types,
             attended=inputs.attended,

@@ -1,17 +1,20 @@
 """From a plan to what the model and the sampler read: flat arrays over all tokens of the step."""
 
 from array import array
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import torch
 
 from quartet.kernels.cpu.attention_schedule import Ragged, Run, segments
+from quartet.kernels.cpu.native.page_table import Wanted
 from quartet.scheduler_service.core.plan import Plan, Slice
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.kv_cache import Placement
 from quartet.scheduler_service.host.transfer import send
 from quartet.scheduler_service.model.state_access import StateRows
 
+FEWEST_LEFT_OUT = 16  # tokens; a step with fewer that nobody looks at computes all
 TYPES = {"i": torch.int32, "q": torch.int64}
 
 
@@ -30,6 +33,7 @@ class Inputs:
     embeds: torch.Tensor | None = None  # (tokens, hidden)
     embeds_mask: torch.Tensor | None = None  # (tokens,) bool
     states: StateRows | None = None  # of a model with recurrent layers
+    wanted: Wanted | None = None  # None: all tokens
 
 
 class PageRuns:
@@ -157,6 +161,20 @@ def add_attended(inputs: Inputs, plan: Plan) -> None:
     """Attach how many tokens of each text are seen, where that is not all of them."""
     if any(share.sequence.attended for share in plan.slices):
         inputs.attended = [share.sequence.attended or share.end - share.start for share in plan.slices]
+
+
+def add_wanted(inputs: Inputs, plan: Plan, rows: list[int]) -> None:
+    """Attach the rows that logits are made of, the last ones of each slice, where nobody looks at many others."""
+    if len(inputs.input_ids) - len(rows) < FEWEST_LEFT_OUT or any(map(looks_at_all, plan.slices)):
+        return
+    starts = [bisect_left(rows, offset) for offset in inputs.offsets]
+    inputs.wanted = Wanted(torch.tensor(rows, dtype=torch.int64), torch.tensor(starts))
+
+
+def looks_at_all(share: Slice) -> bool:
+    """Whether the hidden state of every token of a slice is needed."""
+    request = share.sequence.request
+    return share.score_from >= 0 or request.return_hidden_states or request.task != "generate"
 
 
 def to_device(inputs: Inputs, device: torch.device) -> None:

@@ -43,7 +43,9 @@ class Computed:
     """The results of a step, on the device: the hidden states, or for a decode step on fixed buffers the logits."""
 
     inputs: Inputs | None = None
-    hidden: torch.Tensor | None = None  # (tokens, hidden)
+    hidden: torch.Tensor | None = (
+        None  # (tokens, hidden), or of the tokens that are drawn from, if no others are wanted
+    )
     logits: torch.Tensor | None = None  # (rows, vocab) float32
     draws: Draws | None = None  # already written to the slots; None if nothing was drawn yet
 
@@ -97,7 +99,7 @@ class Steps(ABC):
             return computed.logits
         assert computed.inputs is not None and computed.hidden is not None
         places, hidden = step.drawing.places(step.plan, computed.inputs.offsets), computed.hidden
-        if places != list(range(len(hidden))):  # as in most decode steps
+        if len(places) != len(hidden):  # else all rows are drawn from, or the others were left out
             hidden = hidden[upload(places, self.device)]
         return self.to_logits(hidden, self.room_for_logits(len(places)))
 

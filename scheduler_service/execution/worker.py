@@ -83,7 +83,6 @@ class Worker:
         """
         self.info, self.weight_version = info, config.weight_version
         self.device = torch.device(config.device)
-        self.is_apart = self.device.type != "cpu"  # it computes while the host goes on
         free_gb, running = available_gb(self.device), config.max_running_requests
         kernels = start_compiling(config, info, self.device, running, implementation)
         self.model = load(config, info, self.device)
@@ -156,6 +155,11 @@ class Worker:
             and config.speculation is None
             and self.state_cache is None  # a step that failed is computed again from the last state but one
         )
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the device computes while the host goes on."""
+        return self.device.type != "cpu"
 
     @property
     def keeps_tokens(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from quartet.kernels.cpu.native.page_table import PageTable
+from quartet.kernels.cpu.native.page_table import PageTable, Wanted
 from quartet.scheduler_service.model.state_access import StateAccess, StateSpec
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights
@@ -41,6 +41,7 @@ class PagedAttend(Attend, Protocol):
     """An Attend that also lets a backend write keys and values by itself."""
 
     places: torch.Tensor  # (tokens,) int64: where in the pools the tokens' keys and values go
+    wanted: Wanted | None  # tokens whose hidden states somebody looks at; a backend may leave out others'. None: all
 
     def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer, each (kv_heads, pool tokens, dim), ready to be written to at `places`."""
@@ -111,7 +112,7 @@ class ServedModel(Protocol):
     weights: Weights  # all parameters, by their names in the checkpoint
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Hidden states after the final norm: (tokens, hidden)."""
+        """Hidden states after the final norm: (tokens, hidden), or those of the tokens that `batch.attend` wants."""
         ...
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -60,20 +60,19 @@ class CpuBackend:
         context: Attend | PagedContext,
         inputs: torch.Tensor | None = None,
         stack: torch.Tensor | None = None,
-    ) -> bool:
+    ) -> torch.Tensor | None:
         """As the protocol has it: where the context attends with our kernel, and this knows all of the layers."""
         if self.looked_at is not layers:  # not before: the kernels may be compiled beside the start
             self.looked_at, self.together = layers, layers_together(layers, self.rotary_dims)
         if self.together is None or not hasattr(context, "page_table"):
-            return False
+            return None
         paged = cast(PagedAttend, context)
         if (table := paged.page_table()) is None:
-            return False
+            return None
         numbers = [layer.attention.spec.layer for layer in layers]
         pools = {number: paged.pools(number) for number in set(numbers)}
         of_layers = [pools[number] for number in numbers]  # several may read one
-        self.together.run(residual, rotations, paged.places, table, of_layers, inputs, stack)
-        return True
+        return self.together.run(residual, rotations, paged.places, table, of_layers, inputs, stack, paged.wanted)
 
     def watch_rows(self, on_rows: Callable[[torch.Tensor | None], None]) -> None:
         """As TorchBackend: our own kernels know the rows by themselves."""

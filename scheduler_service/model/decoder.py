@@ -77,10 +77,9 @@ class Decoder:
         return ExpertShape(len(self.layers), max(m.experts for m in mixtures), max(m.top_k for m in mixtures))
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Hidden states after the final norm: (tokens, hidden)."""
+        """Hidden states after the final norm: (tokens, hidden), or those of the tokens that `batch.attend` wants."""
         residual = self.embed(batch)
-        self.run_layers(residual, self.backend.rotations(batch.positions), batch)
-        return self.normed(residual)
+        return self.normed(self.run_layers(residual, self.backend.rotations(batch.positions), batch))
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Token embeddings, or the request's own where it brought some: (tokens, hidden)."""
@@ -94,15 +93,16 @@ class Decoder:
             given = given * self.embedding_scale
         return torch.where(batch.embeds_mask.unsqueeze(1), given, x)
 
-    def run_layers(self, residual: torch.Tensor, rotations: list[Rotation], batch: Batch) -> None:
-        """All layers on the residual stream (tokens, hidden), in place; `rotations` by rope."""
+    def run_layers(self, residual: torch.Tensor, rotations: list[Rotation], batch: Batch) -> torch.Tensor:
+        """All layers on the residual stream (tokens, hidden), in place; `rotations` by rope. Returns what is wanted."""
         inputs = None if self.layer_inputs is None else self.layer_inputs.parts(batch, residual, self.backend)
         if self.streams is not None:
             self.run_streams(self.streams, residual, rotations, batch, inputs)
-            return
-        together = self.spec.factors is None and not batch.record_experts
-        if together and self.backend.run_layers(self.layers, residual, rotations, batch.attend, inputs):
-            return
+            return residual
+        if self.spec.factors is None and not batch.record_experts:
+            found = self.backend.run_layers(self.layers, residual, rotations, batch.attend, inputs)
+            if found is not None:
+                return found
         scale = self.query_scale(batch.positions)
         for layer in self.layers:
             self.run_layer(layer, residual, rotations[layer.rope], batch, scale)
@@ -110,6 +110,7 @@ class Decoder:
                 add_input(layer.own_input, residual, inputs[layer.index], self.backend)
             if layer.scale is not None:
                 residual.mul_(layer.scale)
+        return residual
 
     def run_streams(
         self,
@@ -121,7 +122,7 @@ class Decoder:
     ) -> None:
         """All layers where the residual stream is one of several; `inputs`: the layers' own."""
         compute, stack = self.backend, streams.spread(residual)
-        if compute.run_layers(self.layers, residual, rotations, batch.attend, inputs, stack):
+        if compute.run_layers(self.layers, residual, rotations, batch.attend, inputs, stack) is not None:
             residual.copy_(streams.joined(stack))
             return
         for layer in self.layers:

@@ -109,9 +109,9 @@ class FusedBackend:
         context: Attend | PagedContext,
         inputs: torch.Tensor | None = None,
         stack: torch.Tensor | None = None,
-    ) -> bool:
+    ) -> torch.Tensor | None:
         """As the protocol has it: never at once."""
-        return False
+        return None
 
     def attend(
         self,

@@ -61,9 +61,9 @@ class TorchBackend:
         context: Attend | PagedContext,
         inputs: torch.Tensor | None = None,
         stack: torch.Tensor | None = None,
-    ) -> bool:
+    ) -> torch.Tensor | None:
         """As the protocol has it: never at once."""
-        return False
+        return None
 
     def attend(
         self,

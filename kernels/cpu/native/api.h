@@ -246,6 +246,10 @@ struct step {
     const int64_t *members, *sharing;
     int32_t threads;
     const struct additions *additions; /* to the products; or null */
+    /* Rows whose results behind the last layer are wanted: they are moved to the front of `residual`. Of each sequence they
+     * are the last ones; by sequence, where they begin among all of them. `wanted_starts` null: all rows are wanted. */
+    int64_t wanted;
+    const int64_t *wanted_rows, *wanted_starts;
 };
 
 /* Rows of logits that give a token each, see draw.h. All lists have an item for each of them. */

@@ -1,8 +1,9 @@
-/* Attention over a paged pool of keys and values, bfloat16, with multiplications in float: without AMX.
+/* Attention over a paged pool of keys and values, bfloat16, without AMX.
  *
  * Keys of a block are transposed once for all rows that see them, so that a vector has 16 keys' numbers: a row's scores are
- * sums of these, times single numbers of its query. Values stay as they are: a vector has numbers of one value, which are
- * weighed by one number. A few rows at a time keep their sums in registers. Scores, weights and sums are float.
+ * sums of these, times single numbers of its query, in float; where there is VDPBF16PS, pairs of both, as they are. Values
+ * stay as they are: a vector has numbers of one value, which are weighed by one number. A few rows at a time keep their
+ * sums in registers. Scores, weights and sums are float.
  */
 #pragma once
 
@@ -24,11 +25,11 @@
 
 /* What one thread needs; the sizes are those of the widest head. */
 struct workspace {
-    float queries[TASK_TILES * TILE_ROWS * MOST_DIM];  /* (rows, dim), scaled */
+    factor queries[TASK_TILES * TILE_ROWS * MOST_DIM]; /* (rows, dim); scaled if they are float, else scores will be */
     float sums[PLACES * TILE_ROWS * MOST_DIM];         /* by tile: weighted values (16, dim), not divided yet */
     float largest[PLACES][TILE_ROWS];                  /* score so far, as a power of two */
     float total[PLACES][TILE_ROWS];
-    float keys[BLOCK_KEYS * MOST_DIM];                 /* (keys / 16, dim, 16) */
+    factor keys[BLOCK_KEYS * MOST_DIM];                /* (keys / 16, dim, 16), or in pairs: (keys / 16, dim / 2, 16, 2) */
     const bf16 *value_rows[BLOCK_KEYS / TILE_ROWS];    /* where 16 values of the block begin */
     bf16 copied[TILE_ROWS * MOST_DIM], values[BLOCK_KEYS * MOST_DIM]; /* where they do not lie together */
     float scores[TILE_ROWS][BLOCK_KEYS];               /* of a unit, then its weights */
@@ -38,14 +39,21 @@ struct workspace {
 } __attribute__((aligned(CACHE_LINE)));
 
 /* Queries on their way in, scaled so that scores are powers of two, or are in units of the cap. */
+INLINE vec scale_of_scores(const struct attention *a) {
+    return vec_set(a->softcap > 0.0f ? a->scale / a->softcap : a->scale * LOG2_E);
+}
+
 INLINE void load_queries(const struct task *task) {
     const struct attention *a = task->a;
-    vec scale = vec_set(a->softcap > 0.0f ? a->scale / a->softcap : a->scale * LOG2_E);
-    float *to = task->work->queries;
+    factor *to = task->work->queries;
     for (int64_t row = 0; row < task->rows; row++) {
         const bf16 *from = a->q + offset_of(task, row, 0, a->q_stride);
         for (int64_t d = 0; d < a->dim; d += LANES, to += LANES)
-            vec_store(to, vec_mul(vec_load_bf16(from + d), scale));
+#ifdef __AVX512BF16__
+            memcpy(to, from + d, LANES * 2);
+#else
+            vec_store(to, vec_mul(vec_load_bf16(from + d), scale_of_scores(a)));
+#endif
     }
 }
 
@@ -80,13 +88,32 @@ INLINE void write_row(const float *sums, float total, int64_t dim, bf16 *out) {
 /* ---- a few rows ---- */
 
 /* Scores of `rows` rows and 16 * `panels` keys. */
-INLINE void score_few(int rows, int panels, const float *queries, const float *keys, int64_t dim, float *scores) {
+INLINE void score_few(int rows, int panels, const struct attention *a, const factor *queries, const factor *keys,
+                      float *scores) {
+    int64_t dim = a->dim;
     vec sum[ROWS_AT_ONCE][MOST_PANELS];
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
         for (int panel = 0; panel < panels; panel++)
             sum[row][panel] = vec_set(0.0f);
+#ifdef __AVX512BF16__
+    for (int64_t d = 0; d < dim; d += 2) {
+        __m512bh key[MOST_PANELS];
+#pragma GCC unroll 4
+        for (int panel = 0; panel < panels; panel++)
+            key[panel] = (__m512bh)_mm512_loadu_si512(keys + (panel * dim + d) * LANES);
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; row++) {
+            int32_t pair;
+            memcpy(&pair, queries + row * dim + d, 4);
+            __m512bh query = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+            for (int panel = 0; panel < panels; panel++)
+                sum[row][panel] = _mm512_dpbf16_ps(sum[row][panel], query, key[panel]);
+        }
+    }
+#else
     for (int64_t d = 0; d < dim; d++) {
         vec key[MOST_PANELS];
 #pragma GCC unroll 4
@@ -100,11 +127,16 @@ INLINE void score_few(int rows, int panels, const float *queries, const float *k
                 sum[row][panel] = vec_fma(query, key[panel], sum[row][panel]);
         }
     }
+#endif
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
-        for (int panel = 0; panel < panels; panel++)
+        for (int panel = 0; panel < panels; panel++) {
+#ifdef __AVX512BF16__
+            sum[row][panel] = vec_mul(sum[row][panel], scale_of_scores(a));
+#endif
             vec_store(scores + row * BLOCK_KEYS + panel * LANES, sum[row][panel]);
+        }
 }
 
 /* Some numbers of a value, even ones before odd ones (`write_row` puts them in order). */
@@ -152,13 +184,14 @@ INLINE void add_few(int rows, const struct workspace *work, int64_t first, int64
 
 INLINE void score_rows(int rows, const struct unit *unit, int64_t first) {
     struct workspace *work = unit->task->work;
-    int64_t dim = unit->task->a->dim;
-    const float *queries = work->queries + (unit->tile * TILE_ROWS + first) * dim;
+    const struct attention *a = unit->task->a;
+    int64_t dim = a->dim;
+    const factor *queries = work->queries + (unit->tile * TILE_ROWS + first) * dim;
     int64_t key = 0, step = PANELS_FOR(rows) * LANES;
     for (; key + step <= unit->count; key += step)
-        score_few(rows, PANELS_FOR(rows), queries, work->keys + key * dim, dim, &work->scores[first][key]);
+        score_few(rows, PANELS_FOR(rows), a, queries, work->keys + key * dim, &work->scores[first][key]);
     for (; PANELS_FOR(rows) > 2 && key < unit->count; key += 2 * LANES)
-        score_few(rows, 2, queries, work->keys + key * dim, dim, &work->scores[first][key]);
+        score_few(rows, 2, a, queries, work->keys + key * dim, &work->scores[first][key]);
 }
 
 INLINE void add_rows(int rows, const struct unit *unit, int64_t first, int64_t keys) {

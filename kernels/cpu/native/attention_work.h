@@ -85,7 +85,7 @@ INLINE int list_spans(struct attending *attending, int64_t sequence, int64_t row
 INLINE void list_sequence(struct attending *attending, int64_t sequence) {
     const struct attention *a = attending->a;
     int64_t rows = (a->starts[sequence + 1] - a->starts[sequence]) * a->group, most = TASK_TILES * TILE_ROWS;
-    if (attending->splits && list_spans(attending, sequence, rows))
+    if (rows && attending->splits && list_spans(attending, sequence, rows))
         return;
     int64_t together = heads_together(a, rows), first = rows > 0 ? (rows - 1) / most * most : -1;
     for (; first >= 0; first -= most)

@@ -112,6 +112,29 @@ static int add_attention(const struct kernels *kernels, const struct step *step,
     return failed | add_product(kernels, step, &layer->output, &layer->after_attention, step->mixed, 0);
 }
 
+/* Keep some rows (ascending) of a matrix in front. */
+static void keep_rows(uint16_t *matrix, int64_t width, const int64_t *rows, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        memmove(matrix + i * width, matrix + rows[i] * width, (size_t)width * 2);
+}
+
+/* The last layer, as far as it is wanted: keys and values of all rows, all else of those that somebody looks at. */
+static int run_last_layer(const struct kernels *kernels, const struct step *step, const struct layer *layer) {
+    int failed = run_product(kernels, step, &layer->qkv, step->residual, step->qkv);
+    run_rotation(kernels, step, layer);
+    if (failed || !step->wanted)
+        return failed;
+    struct step own = *step;
+    own.rows = step->wanted;
+    own.starts = step->wanted_starts;
+    own.groups = 0;
+    keep_rows(step->q, layer->output.k, step->wanted_rows, step->wanted);
+    keep_rows(step->residual, layer->output.n, step->wanted_rows, step->wanted);
+    failed = run_attention(kernels, &own, layer);
+    failed |= add_product(kernels, &own, &layer->output, &layer->after_attention, step->mixed, 0);
+    return failed | run_feed_forward(kernels, &own, layer);
+}
+
 static int run_layer(const struct kernels *kernels, const struct step *step, const struct layer *layer,
                      const uint16_t *input) {
     int failed = add_attention(kernels, step, layer) | run_feed_forward(kernels, step, layer);
@@ -183,6 +206,8 @@ static int run_among_streams(const struct kernels *kernels, const struct step *s
 int quartet_layers(const struct kernels *kernels, const struct layer *layers, int64_t count, const struct step *step) {
     int failed = 0;
     for (const struct layer *layer = layers; step->rows && layer < layers + count && !failed; layer++) {
+        if (step->wanted_starts && layer + 1 == layers + count)
+            return run_last_layer(kernels, step, layer);
         const uint16_t *input = step->inputs + (layer - layers) * step->rows * layer->input_gate.n;
         failed |= (layer->streams ? run_among_streams : run_layer)(kernels, step, layer, input);
     }

@@ -20,8 +20,10 @@
 #include "pool.h"
 
 #define ROW_BLOCK 640  /* room for 512 tokens of prompts and the decode rows of their step */
+#define VECTOR_ROW_BLOCK 320 /* the same without tiles: they share the second cache with their sums */
 #define DEPTH_BLOCK 1024 /* longer k is cut into pieces: of a step where x is in tiles */
 #define STEP_BLOCK 256 /* of k: so much of a panel stays in the first cache while many rows pass */
+#define VECTOR_STEP_BLOCK 448 /* the same, of a panel of GRID_BLOCKS blocks that rows pass without tiles */
 #define FEW_STEP_BLOCK 512 /* the same, of an expanded panel and fewer rows than two times MANY_ROWS */
 #define CHUNK_PANELS 8 /* most panels that a thread takes at once */
 #define FEW_TURNS 8    /* least that a thread has where the threads take several panels of few rows at once */
@@ -46,22 +48,32 @@ INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, co
         return;
     }
 #endif
-    const factor *x = plan->x + row * plan->depth + from;
-    if (plan->blocks == FEW_BLOCKS) {
+    const factor *x = plan->x + row * plan->stride + from;
+    if (plan->grid_rows <= FEW_ROWS) {
         switch (rows) {
-        case 1: multiply_few(1, FEW_BLOCKS, x, plan->depth, weight, next, depth, sums, stride); return;
+        case 1: multiply_few(1, FEW_BLOCKS, x, plan->stride, weight, next, depth, sums, stride); return;
 #if FEW_ROWS > 1
-        case 2: multiply_few(2, FEW_BLOCKS, x, plan->depth, weight, next, depth, sums, stride); return;
+        case 2: multiply_few(2, FEW_BLOCKS, x, plan->stride, weight, next, depth, sums, stride); return;
 #endif
 #if FEW_ROWS > 2
-        case 3: multiply_few(3, FEW_BLOCKS, x, plan->depth, weight, next, depth, sums, stride); return;
-        default: multiply_few(4, FEW_BLOCKS, x, plan->depth, weight, next, depth, sums, stride); return;
+        case 3: multiply_few(3, FEW_BLOCKS, x, plan->stride, weight, next, depth, sums, stride); return;
+        default: multiply_few(4, FEW_BLOCKS, x, plan->stride, weight, next, depth, sums, stride); return;
 #endif
         }
     }
-#if !defined(__AMX_BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    int asks = !row && !plan->p->quantized.numbers;
+    switch (rows) {
+    case 1: multiply_many_1_0(x, plan->stride, weight, next, depth, sums); return;
+    case 2: multiply_many_2_0(x, plan->stride, weight, next, depth, sums); return;
+    case 3: multiply_many_3_0(x, plan->stride, weight, next, depth, sums); return;
+    case 4: multiply_many_4_0(x, plan->stride, weight, next, depth, sums); return;
+    case 5: (asks ? multiply_many_5_1 : multiply_many_5_0)(x, plan->stride, weight, next, depth, sums); return;
+    default: (asks ? multiply_many_6_1 : multiply_many_6_0)(x, plan->stride, weight, next, depth, sums); return;
+    }
+#elif !defined(__AMX_BF16__)
     for (int place = 0; place < plan->blocks; place += GRID_BLOCKS)
-        multiply_few(GRID_ROWS, GRID_BLOCKS, x, plan->depth, weight + place, 0, depth, sums + place * LANES, stride);
+        multiply_few(GRID_ROWS, GRID_BLOCKS, x, plan->stride, weight + place, 0, depth, sums + place * LANES, stride);
 #endif
 }
 
@@ -85,6 +97,16 @@ INLINE struct place expanded_next(const struct plan *plan, const struct position
     return place_of(&plan->p->quantized, plan->depth, block, from);
 }
 
+/* Whether rows pass parts of the weight that stay in the first cache, without tiles. */
+INLINE int in_steps(const struct plan *plan) {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    return plan->grid_rows == GRID_ROWS && !plan->integers;
+#else
+    (void)plan;
+    return 0;
+#endif
+}
+
 /* The blocks of a panel for a step of k, expanded if need be; `next`: those of the panel that follows. */
 INLINE void load_panel(const struct plan *plan, const struct position *at, int64_t depth, bf16 *expanded,
                        const bf16 **weight, const bf16 **next) {
@@ -98,7 +120,10 @@ INLINE void load_panel(const struct plan *plan, const struct position *at, int64
             weight[place] = next[place] = out;
         } else {
             weight[place] = packed_block(plan, block, at->from);
-            next[place] = packed_block(plan, block_of(plan, at->after, place), at->from);
+            if (in_steps(plan) && at->from + depth < at->end)
+                next[place] = packed_block(plan, block, at->from + depth);
+            else
+                next[place] = packed_block(plan, block_of(plan, at->after, place), in_steps(plan) ? at->begin : at->from);
         }
     }
 }
@@ -180,11 +205,12 @@ static void compute_block(void *argument, int thread, int threads) {
             prepare_integer_tiles(plan, block->first, row);
     else
 #endif
-    if (!plan->p->x_tiles)
+    if (!plan->p->x_tiles && !plan->direct)
         prepare_rows(plan, block->first, block->rows, plan->padded_rows, thread, threads);
     if (plan->plain)
         prepare_rows(plan->plain, block->first, block->rows, plan->padded_rows, thread, threads);
-    quartet_barrier(threads);
+    if (!plan->direct)
+        quartet_barrier(threads);
     if (plan->tiled || plan->integer_tiles)
         tiles_begin(plan->tiled ? block->rows : MOST_ROWS);
     if (plan->added.jobs) {
@@ -230,8 +256,10 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
     if (deep && plan->integer_tiles)
         plan->piece = plan->group;
     else if (deep)
-        plan->piece = even_part(plan->depth, plan->tiled && many ? STEP_BLOCK : DEPTH_BLOCK);
-    if (tiles || many) {
+        plan->piece = even_part(plan->depth, in_steps(plan) ? VECTOR_STEP_BLOCK : plan->tiled && many ? STEP_BLOCK : DEPTH_BLOCK);
+    if (in_steps(plan) && !deep) {
+        block.chunk = 1;
+    } else if (tiles || many) {
         int64_t most = threads * (deep && tiles && many ? CHUNK_OF_PIECES : CHUNK_PANELS);
         int64_t turns = (plan->panels + most - 1) / most; /* of each thread */
         block.chunk = (plan->panels + threads * turns - 1) / (threads * turns);
@@ -241,6 +269,8 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
     }
     if (plan->tiled && (expands || many))
         plan->step = even_part(plan->piece, expands && rows <= 2 * MANY_ROWS ? FEW_STEP_BLOCK : STEP_BLOCK);
+    else if (in_steps(plan) && plan->padded_rows > GRID_ROWS)
+        plan->step = even_part(plan->piece, VECTOR_STEP_BLOCK);
     else
         plan->step = plan->piece;
     plan->row_scales = (float *)((int8_t *)plan->x + plan->padded_rows * plan->depth);
@@ -300,6 +330,17 @@ INLINE int as_integer_tiles(const struct product *p) { return on_tiles(p) && is_
 
 static int takes_tiles(const struct product *p) { return on_tiles(p) && !is_rotated(p) && p->k % TILE_DEPTH == 0; }
 
+/* Whether the inner loops read the rows where they are. */
+INLINE int takes_rows(const struct plan *plan) {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    const struct product *p = plan->p;
+    return !(p->norm || plan->rotated || plan->integers || p->additions) && p->k == plan->depth;
+#else
+    (void)plan;
+    return 0;
+#endif
+}
+
 static int product(const struct product *p) {
     struct plan plan = {.p = p, .grid_rows = GRID_ROWS, .blocks = GRID_BLOCKS}, plain;
     int gated = p->output == OUTPUT_GATED;
@@ -321,11 +362,14 @@ static int product(const struct product *p) {
     plan.columns = (gated ? p->n / 2 : p->n) / LANES + ((gated ? p->n / 2 : p->n) % LANES != 0);
     int width = gated ? plan.blocks / 2 : plan.blocks;
     plan.panels = (plan.columns + width - 1) / width;
-    int64_t blocks = (p->rows + ROW_BLOCK - 1) / ROW_BLOCK; /* of rows, as even as they can be */
+    int64_t most_rows = in_steps(&plan) ? VECTOR_ROW_BLOCK : ROW_BLOCK;
+    int64_t blocks = (p->rows + most_rows - 1) / most_rows; /* of rows, as even as they can be */
     int64_t block = round_up((p->rows + blocks - 1) / blocks, MOST_ROWS);
     int64_t most = p->rows < block ? p->rows : block;
     int64_t pad = on_tiles(p) && most <= 16 ? 16 : plan.grid_rows;
-    plan.x = p->x_tiles ? (factor *)p->x : quartet_scratch(0, round_up(most, pad) * plan.depth * (int64_t)sizeof(factor));
+    plan.direct = takes_rows(&plan);
+    plan.stride = plan.direct ? p->x_stride : plan.depth;
+    plan.x = p->x_tiles || plan.direct ? (factor *)p->x : quartet_scratch(0, round_up(most, pad) * plan.depth * (int64_t)sizeof(factor));
     if (!plan.x)
         return -1;
     if (plan.integers)
@@ -337,6 +381,8 @@ static int product(const struct product *p) {
         plan.padded_rows = round_up(rows, pad);
         if (p->x_tiles)
             plan.added.x = plan.x = (factor *)(p->x + first * plan.depth);
+        if (plan.direct)
+            plan.x = (factor *)(p->x + first * p->x_stride);
         int failed = run_block(&plan, first, rows);
         if (failed)
             return failed;

@@ -15,6 +15,14 @@ class Groups:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """The tokens of a step whose hidden states somebody looks at: of each sequence, its last ones."""
+
+    rows: torch.Tensor  # (wanted,) int64, ascending
+    starts: torch.Tensor  # (sequences + 1,) int64: where those of a sequence begin among them
+
+
+@dataclass(frozen=True, slots=True)
 class PageTable:
     """Sequences, their queries and their pages."""
 

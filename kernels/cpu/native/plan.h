@@ -28,6 +28,8 @@ struct plan {
     int64_t piece;        /* of k: numbers that are summed before the next panel's turn */
     int64_t step;         /* of a piece: numbers that are summed before the next rows' turn */
     int64_t group;        /* of k: numbers of x and the weight that share a scale, if `integer_tiles` */
+    int direct;           /* the rows are read where they are */
+    int64_t stride;       /* numbers from row to row of `x` */
     factor *x;            /* the rows of one block, normed; tiles of bfloat16 if `tiled`, of int8 if `integer_tiles` */
     float *row_scales;    /* (groups, padded_rows), if `integer_tiles` */
     struct integer_rows rows; /* instead, if `integers` */
@@ -59,6 +61,13 @@ INLINE const bf16 *packed_block(const struct plan *plan, int64_t block, int64_t 
 }
 
 /* ---- rows on their way in ---- */
+
+/* Other cores have read what lies where a row will be written: to take it from them line by line would cost more than all
+ * else that is done with the row. */
+INLINE void ask_to_write(const factor *row, int64_t numbers) {
+    for (int64_t i = 0; i < numbers; i += CACHE_LINE / (int64_t)sizeof(factor))
+        __builtin_prefetch(row + i, 1);
+}
 
 /* 16 numbers of a row of the block, in the form that the inner loops of floats read. */
 INLINE void store_part(const struct plan *plan, int64_t row, int64_t at, const bf16 *numbers) {
@@ -110,6 +119,8 @@ INLINE void prepare_rotated(const struct plan *plan, int64_t first, int64_t row,
 OUTLINE void prepare_part(const struct plan *plan, int64_t first, int64_t row, int64_t from, int64_t to) {
     const struct product *p = plan->p;
     int there = first + row < p->rows;
+    if (!(plan->tiled || plan->integers))
+        ask_to_write(plan->x + row * plan->depth + from, to - from);
     const bf16 *x = there ? p->x + (first + row) * p->x_stride : 0;
     float scale = there && p->norm ? row_scale(x, p->k, p->epsilon) : 1.0f;
     if (plan->rotated) {

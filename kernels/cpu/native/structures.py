@@ -297,6 +297,9 @@ class Step(ctypes.Structure):
         ("sharing", ctypes.c_void_p),
         ("threads", ctypes.c_int32),
         ("additions", ctypes.POINTER(Additions)),
+        ("wanted", ctypes.c_int64),
+        ("wanted_rows", ctypes.c_void_p),
+        ("wanted_starts", ctypes.c_void_p),
     )
 
 

@@ -10,6 +10,9 @@
 #if defined(__AMX_BF16__)
 #define GRID_ROWS 32
 #define GRID_BLOCKS 2
+#elif defined(__AVX512BF16__)
+#define GRID_ROWS 6
+#define GRID_BLOCKS 4
 #elif defined(__AVX512F__)
 #define GRID_ROWS 8
 #define GRID_BLOCKS 2
@@ -105,6 +108,62 @@ INLINE void add_pair(vec *sum, const bf16 *line, const factor *row) {
     memcpy(&pair, row, 4);
     *sum = _mm512_dpbf16_ps(*sum, (__m512bh)_mm512_loadu_si512(line), (__m512bh)_mm512_set1_epi32(pair));
 }
+#endif
+
+#if defined(__AVX512BF16__)
+/* The same for many rows, which pass a part of the weight that stays in the first cache: a pair of x is loaded once for all
+ * blocks.
+ * Sums (rows, GRID_BLOCKS * 16) lie side by side. `asks`: have what comes behind that part, at `next`, brought to the second cache. */
+INLINE void multiply_many(int rows, int asks, const factor *x, int64_t stride, const bf16 *const *weight,
+                          const bf16 *const *next, int64_t depth, float *sums) {
+    vec sum[GRID_ROWS][GRID_BLOCKS];
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int block = 0; block < GRID_BLOCKS; block++)
+            sum[row][block] = vec_load(sums + (row * GRID_BLOCKS + block) * LANES);
+    for (int64_t from = 0; from < depth; from += TILE_DEPTH) {
+        for (int64_t k = from; k < from + TILE_DEPTH; k += 2) {
+            __m512bh line[GRID_BLOCKS];
+#pragma GCC unroll 4
+            for (int block = 0; block < GRID_BLOCKS; block++) {
+                line[block] = (__m512bh)_mm512_loadu_si512(weight[block] + k * LANES);
+                if (asks)
+                    _mm_prefetch((const char *)(next[block] + k * LANES), _MM_HINT_T1);
+            }
+#pragma GCC unroll 6
+            for (int row = 0; row < rows; row++) {
+                int32_t pair;
+                memcpy(&pair, x + row * stride + k, 4);
+                __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+                for (int block = 0; block < GRID_BLOCKS; block++)
+                    sum[row][block] = _mm512_dpbf16_ps(sum[row][block], line[block], both);
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int block = 0; block < GRID_BLOCKS; block++)
+            vec_store(sums + (row * GRID_BLOCKS + block) * LANES, sum[row][block]);
+}
+
+/* Each on its own: within the loops around them the compiler would run out of registers for addresses. */
+#define MULTIPLY_MANY(rows, asks)                                                                                        \
+    OUTLINE void multiply_many_##rows##_##asks(const factor *x, int64_t stride, const bf16 *const *weight,               \
+                                               const bf16 *const *next, int64_t depth, float *sums) {                     \
+        multiply_many(rows, asks, x, stride, weight, next, depth, sums);                                                 \
+    }
+MULTIPLY_MANY(1, 0)
+MULTIPLY_MANY(2, 0)
+MULTIPLY_MANY(3, 0)
+MULTIPLY_MANY(4, 0)
+MULTIPLY_MANY(5, 0)
+MULTIPLY_MANY(6, 0)
+MULTIPLY_MANY(5, 1)
+MULTIPLY_MANY(6, 1)
+#undef MULTIPLY_MANY
 #endif
 
 /* sums (rows, blocks * 16) += x (rows, depth) @ blocks; `rows` and `blocks` are constants of the caller. */

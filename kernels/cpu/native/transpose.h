@@ -33,11 +33,14 @@ INLINE void transpose_words(__m512i rows[16], bf16 *out) {
 }
 
 /* 16 rows, `stride` numbers apart, of which 32 numbers each count: those numbered d of all rows to out + d * 16. */
-INLINE void spread_rows(const bf16 *in, int64_t stride, float *out) {
+INLINE void spread_rows(const bf16 *in, int64_t stride, factor *out) {
     __m512i rows[LANES];
-    bf16 lines[LANES][2 * LANES];
     for (int row = 0; row < LANES; row++)
         rows[row] = _mm512_loadu_si512(in + row * stride);
+#ifdef __AVX512BF16__
+    transpose_words(rows, (bf16 *)out); /* pairs of neighbours in d stay together */
+#else
+    bf16 lines[LANES][2 * LANES];
     transpose_words(rows, lines[0]);
     for (int line = 0; line < LANES; line++) {
         vec even, odd;
@@ -45,6 +48,7 @@ INLINE void spread_rows(const bf16 *in, int64_t stride, float *out) {
         vec_store(out + 2 * line * LANES, even);
         vec_store(out + (2 * line + 1) * LANES, odd);
     }
+#endif
 }
 
 #else

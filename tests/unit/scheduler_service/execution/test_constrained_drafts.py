@@ -11,6 +11,7 @@ import pytest
 
 from quartet.runtime.messages import LogprobOptions, pack_ids
 from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.matchers import Matcher
 from tests.engine import ALL_LOGPROBS, Answer, Engine
 from tests.model import tiny
@@ -219,12 +220,14 @@ def test_a_matcher_that_looking_at_drafts_is_too_much_for_is_made_anew(directory
 
 def test_a_device_beside_the_cpu_computes_while_its_masks_are_made(directory, monkeypatch):
     engine, events = with_drafts(directory), []
-    engine.worker.is_apart = True
+    monkeypatch.setattr(Worker, "is_apart", True)
     run, start = engine.worker.steps.run, engine.worker.constraints.masks.start
     monkeypatch.setattr(engine.worker.steps, "run", lambda step: events.append("step") or run(step))
     monkeypatch.setattr(
         engine.worker.constraints.masks, "start", lambda *args, **how: events.append("masks") or start(*args, **how)
     )
     params = constrained(GREEDY, "schema")
-    same(answers(engine, params), answers(Engine(directory), params))
+    found = answers(engine, params)
+    monkeypatch.undo()
+    same(found, answers(Engine(directory), params))
     assert events == ["step", "masks"] * (len(events) // 2)

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from quartet.kernels.cpu.native import build, library
+from quartet.runtime.messages import LogprobOptions
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.execution import eager_steps
+from quartet.scheduler_service.model.batch import Batch
 from quartet.scheduler_service.model.cpu_backend import CpuBackend, described_layer, has_only
+from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.torch_backend import TorchBackend
 from tests.engine import ALL_LOGPROBS, Engine, floats
 from tests.model import tiny
@@ -89,9 +92,40 @@ def test_layers_have_the_same_bits_in_one_call_and_one_by_one(family, quantizati
     kernels = library.library()
     can_attend = kernels is not None and kernels.has_attention
     assert (together.worker.model.backend.together is not None) == can_attend
-    monkeypatch.setattr(CpuBackend, "run_layers", lambda *_: False)
+    monkeypatch.setattr(CpuBackend, "run_layers", lambda *_: None)
     expected = logprobs(Engine(directory, dtype="bfloat16", quantization=quantization))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("family", [*TOGETHER, "gemma3n"])
+@pytest.mark.parametrize("quantization", ["none", "int4"])
+def test_tokens_that_nobody_looks_at_are_left_out_of_the_last_layer_and_all_bits_stay(
+    family, quantization, tmp_path, monkeypatch
+):
+    directory = build_model(family, tmp_path)
+    settings = {"quantization": quantization, "enable_deterministic_inference": True, "chunked_prefill_size": 100}
+    params = SamplingParams(temperature=0, max_new_tokens=5, ignore_eos=True)
+    sizes = list[int]()
+    forward = Decoder.forward
+
+    def run() -> list[tuple[list[int], list[float]]]:
+        engine = Engine(directory, dtype="bfloat16", **settings)
+        answers = engine.generate(PROMPTS, params, logprobs=LogprobOptions())
+        return [(answer.ids, floats(answer.logprobs.values)) for answer in answers]
+
+    def noted(self: Decoder, batch: Batch) -> torch.Tensor:
+        hidden = forward(self, batch)
+        sizes.append(len(batch.input_ids) - len(hidden))
+        return hidden
+
+    monkeypatch.setattr(Decoder, "forward", noted)
+    found, left_out = run(), max(sizes)
+    monkeypatch.setattr(eager_steps, "add_wanted", lambda *_: None)
+    sizes.clear()
+    assert found == run() and not any(sizes)
+    kernels = library.library()
+    if kernels is not None and kernels.has_attention and family not in ("gemma3n", "gemma4"):
+        assert left_out >= 97  # of a chunk that ends amid a prompt, and of whole ones
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
