@@ -21,7 +21,11 @@
 #define MOST_ROTATED_ROWS MOST_INTEGER_ROWS
 #endif
 
-#define AHEAD 2048 /* bytes */
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#define AHEAD 4096 /* bytes */
+#else
+#define AHEAD 2048
+#endif
 #define LEAST_LARGEST 1e-36f /* 127 over less is not finite: such numbers are taken for zeros */
 #if defined(__AVX512F__)
 #define CROSSES_BLOCKS 1
@@ -128,16 +132,18 @@ INLINE void store_integers(const struct integer_rows *x, int64_t row, int64_t un
     x->sums[(row * x->units + unit) * 2 + 1] = store_rounded(second, inverse, out + LANES);
 }
 
-/* sums (rows, blocks * 16) = x @ blocks; `bits`, `rows` and `blocks` are constants of the caller. Numbers are asked for
+/* sums (rows, blocks * 16) = x @ blocks; `bits`, `rows` and `blocks` are constants of the caller, and where it
+ * knows them `halves` and `offsets`. Numbers are asked for
  * AHEAD bytes before they are needed, behind the end of a block those of the block `after` it. */
-INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int blocks, const struct integer_rows *x,
-                              int64_t row, const int64_t *columns, const int64_t *after, float *sums, int64_t stride) {
+INLINE void multiply_units(const struct quantized *w, int bits, int halves, int offsets, int rows, int blocks,
+                           const struct integer_rows *x, int64_t row, const int64_t *columns, const int64_t *after,
+                           float *sums, int64_t stride) {
     vec sum[4][4];
     const uint8_t *numbers[4], *soon[4];
     int64_t turn = x->units - AHEAD / (64 * bits); /* the unit from which on the next block is asked for */
     const uint16_t *scales[4], *soon_scales[4]; /* of the blocks after: too few to be fetched by the time they are met */
-    int64_t half_numbers = (1 + w->offsets) * LANES;
-    int lines = UNIT_LINES / w->halves;
+    int64_t half_numbers = (1 + offsets) * LANES;
+    int lines = UNIT_LINES / halves;
 #pragma GCC unroll 4
     for (int block = 0; block < blocks; block++) {
         numbers[block] = quantized_numbers(w, x->depth, columns[block], 0);
@@ -153,18 +159,19 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
             for (int block = 0; block < blocks; block++)
                 soon[block] = quantized_numbers(w, x->depth, after[block], 0);
         for (int block = 0; CROSSES_BLOCKS && block < blocks; block++)
-            _mm_prefetch((const char *)(soon_scales[block] + unit * w->halves * half_numbers), _MM_HINT_T0);
-        for (int half = 0; half < w->halves; half++) {
+            _mm_prefetch((const char *)(soon_scales[block] + unit * halves * half_numbers), _MM_HINT_T0);
+        for (int half = 0; half < halves; half++) {
             integers dot[4][4];
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
                 const int32_t *own = x->sums + ((row + r) * x->units + unit) * 2;
-                int32_t total = w->halves == 2 ? own[half] : own[0] + own[1];
+                int32_t total = halves == 2 ? own[half] : own[0] + own[1];
                 integers begin = integers_set(-w->zero * total);
 #pragma GCC unroll 4
                 for (int block = 0; block < blocks; block++)
                     dot[r][block] = begin;
             }
+#pragma GCC unroll 4
             for (int number = half * lines; number < half * lines + lines; number += 2) {
 #pragma GCC unroll 2
                 for (int next = 0; next < 2; next++) {
@@ -173,7 +180,7 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
                         line w_line = number_line(numbers[block], bits, number + next);
                         const uint8_t *ahead = CROSSES_BLOCKS ? soon[block] : numbers[block] + AHEAD;
                         if (next == 0 || bits > 4) /* two lines of 4 bits share a cache line */
-                            _mm_prefetch((const char *)ahead + (number + next) * 8 * bits, _MM_HINT_T0);
+                            _mm_prefetch((const char *)ahead + (number + next) * 8 * bits, ASKED_TO);
 #pragma GCC unroll 4
                         for (int r = 0; r < rows; r++) {
                             int32_t four;
@@ -191,9 +198,9 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
                     float own = x->scales[(row + r) * x->units + unit];
                     vec some = integers_to_vec(dot[r][block]);
                     sum[r][block] = vec_fma(some, vec_mul(scale, vec_set(own)), sum[r][block]);
-                    if (w->offsets) {
+                    if (offsets) {
                         const int32_t *both = x->sums + ((row + r) * x->units + unit) * 2;
-                        float total = (float)(w->halves == 2 ? both[half] : both[0] + both[1]) * own;
+                        float total = (float)(halves == 2 ? both[half] : both[0] + both[1]) * own;
                         vec offset = vec_load_half(scales[block] + LANES);
                         sum[r][block] = vec_fma(offset, vec_set(total), sum[r][block]);
                     }
@@ -212,6 +219,14 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
 #pragma GCC unroll 4
         for (int block = 0; block < blocks; block++)
             vec_store(sums + r * stride + block * LANES, sum[r][block]);
+}
+
+INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int blocks, const struct integer_rows *x,
+                              int64_t row, const int64_t *columns, const int64_t *after, float *sums, int64_t stride) {
+    if (w->halves == 1 && !w->offsets)
+        multiply_units(w, bits, 1, 0, rows, blocks, x, row, columns, after, sums, stride);
+    else
+        multiply_units(w, bits, w->halves, w->offsets, rows, blocks, x, row, columns, after, sums, stride);
 }
 
 /* Up to four rows through a panel of four blocks. AVX2 has registers for half as many sums. */

@@ -183,7 +183,7 @@ INLINE void multiply_few(int rows, int blocks, const factor *x, int64_t stride, 
 #pragma GCC unroll 4
         for (int block = 0; block < blocks; block++) {
             const bf16 *line = weight[block] + k * LANES;
-            _mm_prefetch((const char *)(ahead[block] + k * LANES), _MM_HINT_T0);
+            _mm_prefetch((const char *)(ahead[block] + k * LANES), ASKED_TO);
 #if defined(__AVX512BF16__)
 #pragma GCC unroll 8
             for (int row = 0; row < rows; row++)
