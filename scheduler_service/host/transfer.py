@@ -14,6 +14,8 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a tensor of the host to `device`."""
     if device.type == "cpu":
         return tensor
+    if device.type != "cuda":
+        return tensor.to(device)
     # The caching host allocator keeps the page-locked block until the copy has been made.
     return tensor.pin_memory().to(device, non_blocking=True)
 

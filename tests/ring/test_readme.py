@@ -26,10 +26,18 @@ def tour(tmp_path_factory: pytest.TempPathFactory) -> Tour:
     return Tour(*json.loads(out.read_text()))
 
 
+def without_parts(text: str) -> str:
+    """Without lines that the next line begins with, as a text does that grows."""
+    lines = text.splitlines()
+    return "\n".join(line for line, after in zip(lines, [*lines[1:], ""], strict=True) if not after.startswith(line))
+
+
 @pytest.mark.parametrize("number", range(len(tours(TEXT))), ids=lambda n: tours(TEXT)[n][0].command[:40])
 def test_a_command_prints_what_the_readme_says(tour: Tour, number: int) -> None:
-    printed = "\n".join(example.output for example in tours(TEXT)[number])
-    assert agrees(printed, tour.outputs[number]), f"printed:\n{printed}\n\nnow:\n{tour.outputs[number]}"
+    printed, now = "\n".join(example.output for example in tours(TEXT)[number]), tour.outputs[number]
+    # On a busy machine a part of a stream may have come together with the next one.
+    told = agrees(printed, now) or agrees(without_parts(printed), without_parts(now))
+    assert told, f"printed:\n{printed}\n\nnow:\n{now}"
 
 
 @pytest.mark.parametrize("line", log_lines(TEXT))
@@ -62,3 +70,4 @@ def test_text_in_the_readme_that_is_wrong_is_found() -> None:
     assert example.command.endswith("}'") and Path(ROOT).is_dir()
     assert agrees(example.output, '{"id":"2","text":"Paris"}')
     assert not agrees(example.output, '{"id":"2","text":"Rome"}')
+    assert without_parts(" On\n Once\n Once upon\nOne") == " Once upon\nOne"
