@@ -16,6 +16,7 @@ from quartet.http_gateway.admin import payloads, warmup
 from quartet.http_gateway.app import build
 from quartet.http_gateway.http.metrics import Metrics
 from quartet.http_gateway.parsers import detection
+from quartet.http_gateway.ring.first_lap import wait_until_connected
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.gateway import Gateway, Phase
 from quartet.http_gateway.routes.middleware import access_log
@@ -212,7 +213,7 @@ async def serve(boot: Boot) -> None:
     )
     gateway.files.open()
     ring.ask_facts()  # a command may have changed what they say while the gateway could not hear its reply
-    await ring.wait_until_connected()
+    await wait_until_connected(ring.probe)
     await GatewayServer(boot, gateway).serve()
     if traces is not None:
         await traces.close()

@@ -57,15 +57,19 @@ class Leveller:
 
     def look_at(self, rank: int) -> None:
         """A scheduler has spoken: bring it to what was decided, where it serves something else."""
-        self.on_progress()
+        self.forget_failure(rank)
         if not self._schedulers.is_behind(rank):
             self._say(rank)
         elif rank not in self._under_way and not self._schedulers.changes(rank):  # else it is looked at behind that
-            if (timer := self._again.pop(rank, None)) is not None:
-                timer.cancel()
             epoch = self._schedulers.all[rank].epoch
             task = self._under_way[rank] = asyncio.create_task(self._level(rank))
             task.add_done_callback(lambda _: self._done(rank, epoch))
+        self.on_progress()
+
+    def forget_failure(self, rank: int) -> None:
+        """All may be well now: it was started again, say."""
+        if (timer := self._again.pop(rank, None)) is not None:
+            timer.cancel()
 
     def _done(self, rank: int, epoch: int) -> None:
         """Look again at a scheduler that was started again meanwhile: what it was given is lost. At others later."""
@@ -73,7 +77,7 @@ class Leveller:
         one = self._schedulers.all[rank]
         if one.up and one.epoch != epoch:
             self.look_at(rank)
-        elif self._schedulers.is_behind(rank):
+        elif one.up and self._schedulers.is_behind(rank):
             self._look_later(rank)
         self.on_progress()
 
@@ -82,13 +86,15 @@ class Leveller:
         one, decided = self._schedulers.all[rank], self._schedulers.decided
         if not adapter or decided is None or not one.up or (rank in self._again and rank not in self._under_way):
             return False
-        return any(name == adapter for name, _, _ in decided.served.adapters - one.served.adapters)
+        its = {(name, path) for name, path, _ in one.served.adapters}
+        return any(name == adapter and (name, path) not in its for name, path, _ in decided.served.adapters)
 
     def _look_later(self, rank: int) -> None:
         """Nobody may say anything for long, and a file that could not be read may be there again."""
         self._again[rank] = asyncio.get_running_loop().call_later(AGAIN_AFTER_S, self._look_again, rank)
 
     def _look_again(self, rank: int) -> None:
+        del self._again[rank]
         if self._schedulers.all[rank].up:
             self.look_at(rank)
 

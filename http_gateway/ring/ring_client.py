@@ -53,7 +53,6 @@ log = logging.getLogger(__name__)
 # the gateway falls behind, about so many steps of a request become one chunk of its stream.
 FRAMES_A_TURN = 8
 
-LAP_TIMEOUT_S = 5.0
 INTRODUCE_AGAIN_S = 5.0
 NOT_TAKEN = "Internal error: no service took the request."
 
@@ -92,7 +91,7 @@ class RingClient:
         self._watch = watch
         self._commands = Commands(partial(send_frame, outbox), self._serials, self.schedulers)
         self._leveller = Leveller(self.schedulers, self._commands.run, partial(names_adapter, self._pending))
-        self._leveller.on_progress = self._send_ready  # requests wait here for an adapter that their scheduler is given
+        self._leveller.on_progress = self._send_named  # requests wait here for an adapter that their scheduler is given
         self._unloaded = UnloadedAdapters(self.schedulers, self._pending, outbox.send)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -271,6 +270,14 @@ class RingClient:
             sent += 1
         return sent
 
+    def _send_named(self) -> None:
+        """The same, where there are some that wait for an adapter and for nothing else."""
+        held = (
+            one for one in self._pending.values() if one.request.adapter and not (one.in_ring or one.requested_abort)
+        )
+        if self.schedulers.several and any(map(self._may_be_sent, held)):
+            self._send_ready()
+
     def _send_clearing_probe(self, held: list[JournalEntry]) -> None:
         """Before suspects run: abort what is left in the ring of the others, and send a probe behind the aborts."""
         probes = self._quarantine.clearing_probes(f"clear.{next(self._serials)}", self.schedulers.targets)
@@ -288,15 +295,6 @@ class RingClient:
         if not isinstance(answer, Probe):
             return {}
         return {**answer.counters, GATEWAY: {"failed_messages_total": self.guard.failed}}
-
-    async def wait_until_connected(self) -> None:
-        """Wait until a probe has gone all the way round: every hop is there and connected to the next."""
-        while True:
-            try:
-                await self.probe(LAP_TIMEOUT_S)
-                return
-            except (RequestError, TimeoutError) as error:
-                log.info("The ring is not complete yet: %s", error or "no answer in time")
 
     # what arrives
 
@@ -373,6 +371,8 @@ class RingClient:
         self.on_facts(common)  # first: where it raises, nothing has been believed
         new = not one.heard or facts.epoch > one.epoch
         given_away, one.given_away = one.given_away, False
+        if new:
+            self._leveller.forget_failure(facts.rank)
         restarted = self.schedulers.note_facts(facts, common)
         if (now_common := self.schedulers.common(facts)) != common:  # with it, others may serve
             self.on_facts(now_common)

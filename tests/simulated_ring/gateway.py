@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from quartet.http_gateway.main import ATTEMPTS_OF_A_GATEWAY
+from quartet.http_gateway.ring.first_lap import wait_until_connected
 from quartet.http_gateway.ring.journal import JournalEntry
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.gateway import Gateway
@@ -138,7 +139,7 @@ class GatewayProcess(Process):
         facts = await ring.schedulers.facts()
         self.gateway = Gateway(self._config, MODEL, facts, ring, None, None)  # type: ignore[arg-type]
         ring.ask_facts()
-        await ring.wait_until_connected()
+        await wait_until_connected(ring.probe)
         self.up = True
 
     def _watch_process(self, pid: int, on_end: Callable[[], None]) -> None:

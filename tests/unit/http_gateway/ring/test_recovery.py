@@ -8,6 +8,7 @@ import pytest
 
 from quartet.http_gateway.http.metrics import Metrics
 from quartet.http_gateway.ring.admission import BLOCKED_REQUEST
+from quartet.http_gateway.ring.first_lap import wait_until_connected
 from quartet.http_gateway.ring.quarantine import POISON_REQUEST, PROOF_TOKENS
 from quartet.http_gateway.ring.request_group import RequestGroup
 from quartet.http_gateway.ring.ring_client import RingClient
@@ -366,7 +367,7 @@ async def test_what_a_command_has_ended_stays_ended_though_the_last_word_is_lost
 async def test_a_lap_goes_on_through_a_restart() -> None:
     async with connected() as ring:
         ring.transport.answers_commands = False
-        lap = asyncio.create_task(ring.client.wait_until_connected())
+        lap = asyncio.create_task(wait_until_connected(ring.client.probe))
         await ring.settle()
         ring.transport.answers_commands = True
         await ring.restart("scheduler")

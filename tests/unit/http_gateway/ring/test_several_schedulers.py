@@ -551,6 +551,26 @@ async def test_where_no_scheduler_has_a_decided_adapter_its_requests_wait_until_
 
 
 @asynchronous
+async def test_a_request_waits_for_its_adapter_also_when_its_scheduler_has_died_while_it_was_given_it() -> None:
+    async with fleet() as ring:
+        ring.client.schedulers.decide(LoadAdapter(lora_name="a", lora_path="/a"))
+        named = asked("x", 0)
+        named.request.adapter = "a"
+        with ring.client.open([named]):
+            ring.start(0)
+            await settle()
+            assert ring.sent(LoadAdapter)
+            await ring.end(0)
+            ring.transport.sent.clear()
+            ring.start(0, epoch=1)
+            await settle()
+            assert [command.rank for command in ring.sent(LoadAdapter)] == [0] and ring.generates == []
+            ring.start(0, epoch=1, adapters=[ADAPTER | {"pinned": True}])
+            await settle()
+            assert [(rid, rank, epoch) for rid, rank, epoch, *_ in ring.generates] == [("x", 0, 1)]
+
+
+@asynchronous
 async def test_a_request_does_not_wait_for_an_adapter_that_its_scheduler_cannot_be_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
