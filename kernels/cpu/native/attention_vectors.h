@@ -38,11 +38,12 @@ struct workspace {
     float earlier_largest[PLACES][TILE_ROWS], earlier_total[PLACES][TILE_ROWS];
 } __attribute__((aligned(CACHE_LINE)));
 
-/* Queries on their way in, scaled so that scores are powers of two, or are in units of the cap. */
+/* With it scores are powers of two, or are in units of the cap. */
 INLINE vec scale_of_scores(const struct attention *a) {
     return vec_set(a->softcap > 0.0f ? a->scale / a->softcap : a->scale * LOG2_E);
 }
 
+/* Queries on their way in; those in float are scaled. */
 INLINE void load_queries(const struct task *task) {
     const struct attention *a = task->a;
     factor *to = task->work->queries;

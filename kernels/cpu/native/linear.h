@@ -33,7 +33,8 @@
 #define FEW_TURNS 8    /* least that a thread has where the threads take several panels of few rows at once */
 #define CHUNK_OF_PIECES 16 /* where k is cut into pieces: a chunk reads all of x, from beyond the second cache */
 
-/* Some rows of a block through a panel; `next` is the panel that the thread reads after it, in the same piece of k. */
+/* Some rows of a block through a panel; `next` is what the thread reads after it: the panel that follows in the same
+ * piece of k, or where rows pass in steps without tiles the next step. */
 INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, const bf16 *const *next, int64_t row,
                           int64_t rows, int64_t from, int64_t depth, float *sums, int64_t stride) {
 #if defined(__AMX_BF16__)
