@@ -75,8 +75,8 @@ class Storage(NamedTuple):
 
 
 STORAGES = (
-    # With VNNI and without AMX the rows of prompts are rounded to int8 too: 0.0022 was measured for Gemma, and 0.979 and
-    # 0.970 of the best tokens by two ways to sum attention's scores, whose divergences were the same within 2 %.
+    # With VNNI and without AMX the rows of prompts are rounded to int8 too: 0.0022 was measured for Gemma, and 0.979 or
+    # 0.970 of the best tokens by two ways to sum the scores of attention, whose divergences were the same within 2 %.
     Storage("Qwen, default", QWEN, (), 1.005, 0.003, 0.97),
     Storage("Gemma, default", GEMMA, (), 1.005, 0.003, 0.96),
 )
