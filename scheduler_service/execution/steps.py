@@ -43,9 +43,7 @@ class Computed:
     """The results of a step, on the device: the hidden states, or for a decode step on fixed buffers the logits."""
 
     inputs: Inputs | None = None
-    hidden: torch.Tensor | None = (
-        None  # (tokens, hidden), or of the tokens that are drawn from, if no others are wanted
-    )
+    hidden: torch.Tensor | None = None  # (tokens, hidden), or (drawn, hidden) where no others are wanted
     logits: torch.Tensor | None = None  # (rows, vocab) float32
     draws: Draws | None = None  # already written to the slots; None if nothing was drawn yet
 

@@ -50,7 +50,7 @@ INLINE void load_queries(const struct task *task) {
     for (int64_t row = 0; row < task->rows; row++) {
         const bf16 *from = a->q + offset_of(task, row, 0, a->q_stride);
         for (int64_t d = 0; d < a->dim; d += LANES, to += LANES)
-#ifdef __AVX512BF16__
+#ifdef PAIRS
             memcpy(to, from + d, LANES * 2);
 #else
             vec_store(to, vec_mul(vec_load_bf16(from + d), scale_of_scores(a)));
@@ -98,7 +98,7 @@ INLINE void score_few(int rows, int panels, const struct attention *a, const fac
 #pragma GCC unroll 4
         for (int panel = 0; panel < panels; panel++)
             sum[row][panel] = vec_set(0.0f);
-#ifdef __AVX512BF16__
+#ifdef PAIRS
     for (int64_t d = 0; d < dim; d += 2) {
         __m512bh key[MOST_PANELS];
 #pragma GCC unroll 4
@@ -133,7 +133,7 @@ INLINE void score_few(int rows, int panels, const struct attention *a, const fac
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
         for (int panel = 0; panel < panels; panel++) {
-#ifdef __AVX512BF16__
+#ifdef PAIRS
             sum[row][panel] = vec_mul(sum[row][panel], scale_of_scores(a));
 #endif
             vec_store(scores + row * BLOCK_KEYS + panel * LANES, sum[row][panel]);

@@ -21,7 +21,7 @@
 #define MOST_ROTATED_ROWS MOST_INTEGER_ROWS
 #endif
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#ifdef PAIRS
 #define AHEAD 4096 /* bytes */
 #else
 #define AHEAD 2048

@@ -66,7 +66,7 @@ INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, co
 #endif
         }
     }
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#ifdef PAIRS
     int asks = !row && !plan->p->quantized.numbers;
     switch (rows) {
     case 1: multiply_many_1_0(x, plan->stride, weight, next, depth, sums); return;
@@ -104,7 +104,7 @@ INLINE struct place expanded_next(const struct plan *plan, const struct position
 
 /* Whether rows pass parts of the weight that stay in the first cache, without tiles. */
 INLINE int in_steps(const struct plan *plan) {
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#ifdef PAIRS
     return plan->grid_rows == GRID_ROWS && !plan->integers;
 #else
     (void)plan;
@@ -337,7 +337,7 @@ static int takes_tiles(const struct product *p) { return on_tiles(p) && !is_rota
 
 /* Whether the inner loops read the rows where they are. */
 INLINE int takes_rows(const struct plan *plan) {
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#ifdef PAIRS
     const struct product *p = plan->p;
     return !(p->norm || plan->rotated || plan->integers || p->additions) && p->k == plan->depth;
 #else

@@ -75,7 +75,7 @@ INLINE void store_part(const struct plan *plan, int64_t row, int64_t at, const b
         bf16 *tile = (bf16 *)plan->x + row / 16 * 16 * plan->depth + at / TILE_DEPTH * 16 * TILE_DEPTH;
         memcpy(tile + row % 16 * TILE_DEPTH + at % TILE_DEPTH, numbers, LANES * 2);
     } else {
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#ifdef PAIRS
         memcpy(plan->x + row * plan->depth + at, numbers, LANES * 2);
 #else
         vec_store(plan->x + row * plan->depth + at, vec_load_bf16(numbers));
@@ -119,8 +119,10 @@ INLINE void prepare_rotated(const struct plan *plan, int64_t first, int64_t row,
 OUTLINE void prepare_part(const struct plan *plan, int64_t first, int64_t row, int64_t from, int64_t to) {
     const struct product *p = plan->p;
     int there = first + row < p->rows;
-    if (!(plan->tiled || plan->integers))
+#ifdef PAIRS
+    if (!plan->integers)
         ask_to_write(plan->x + row * plan->depth + from, to - from);
+#endif
     const bf16 *x = there ? p->x + (first + row) * p->x_stride : 0;
     float scale = there && p->norm ? row_scale(x, p->k, p->epsilon) : 1.0f;
     if (plan->rotated) {

@@ -30,7 +30,7 @@
 #endif
 
 /* Rows as the inner loops read them: bfloat16 where these multiply pairs, else float. */
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#ifdef PAIRS
 typedef bf16 factor;
 #else
 typedef float factor;
@@ -110,7 +110,7 @@ INLINE void add_pair(vec *sum, const bf16 *line, const factor *row) {
 }
 #endif
 
-#if defined(__AVX512BF16__)
+#ifdef PAIRS
 /* The same for many rows, which pass a part of the weight that stays in the first cache: a pair of x is loaded once for all
  * blocks.
  * Sums (rows, GRID_BLOCKS * 16) lie side by side. `asks`: have what comes behind that part, at `next`, brought to the second cache. */
@@ -122,24 +122,22 @@ INLINE void multiply_many(int rows, int asks, const factor *x, int64_t stride, c
 #pragma GCC unroll 4
         for (int block = 0; block < GRID_BLOCKS; block++)
             sum[row][block] = vec_load(sums + (row * GRID_BLOCKS + block) * LANES);
-    for (int64_t from = 0; from < depth; from += TILE_DEPTH) {
-        for (int64_t k = from; k < from + TILE_DEPTH; k += 2) {
-            __m512bh line[GRID_BLOCKS];
+    for (int64_t k = 0; k < depth; k += 2) {
+        __m512bh line[GRID_BLOCKS];
 #pragma GCC unroll 4
-            for (int block = 0; block < GRID_BLOCKS; block++) {
-                line[block] = (__m512bh)_mm512_loadu_si512(weight[block] + k * LANES);
-                if (asks)
-                    _mm_prefetch((const char *)(next[block] + k * LANES), _MM_HINT_T1);
-            }
+        for (int block = 0; block < GRID_BLOCKS; block++) {
+            line[block] = (__m512bh)_mm512_loadu_si512(weight[block] + k * LANES);
+            if (asks)
+                _mm_prefetch((const char *)(next[block] + k * LANES), ASKED_TO);
+        }
 #pragma GCC unroll 6
-            for (int row = 0; row < rows; row++) {
-                int32_t pair;
-                memcpy(&pair, x + row * stride + k, 4);
-                __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        for (int row = 0; row < rows; row++) {
+            int32_t pair;
+            memcpy(&pair, x + row * stride + k, 4);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
-                for (int block = 0; block < GRID_BLOCKS; block++)
-                    sum[row][block] = _mm512_dpbf16_ps(sum[row][block], line[block], both);
-            }
+            for (int block = 0; block < GRID_BLOCKS; block++)
+                sum[row][block] = _mm512_dpbf16_ps(sum[row][block], line[block], both);
         }
     }
 #pragma GCC unroll 6

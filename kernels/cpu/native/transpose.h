@@ -37,7 +37,7 @@ INLINE void spread_rows(const bf16 *in, int64_t stride, factor *out) {
     __m512i rows[LANES];
     for (int row = 0; row < LANES; row++)
         rows[row] = _mm512_loadu_si512(in + row * stride);
-#ifdef __AVX512BF16__
+#ifdef PAIRS
     transpose_words(rows, (bf16 *)out); /* pairs of neighbours in d stay together */
 #else
     bf16 lines[LANES][2 * LANES];

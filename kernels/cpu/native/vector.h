@@ -14,9 +14,14 @@
 #define OUTLINE static __attribute__((noinline, unused)) /* compiled once, where several places call it */
 #define LANES 16
 
-/* The cache to which numbers are asked that are read once. Where VDPBF16PS multiplies (on AMD's CPUs), so many numbers under
- * way to the first cache would wait for each other: asked to the second, quantized ones come a third faster. */
+/* VDPBF16PS multiplies, on AMD's CPUs: where there are tiles these do, and others of Intel's are faster in float. */
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#define PAIRS
+#endif
+
+/* The cache into which a weight is prefetched that is read once. With PAIRS it is the second: so many lines under way to the
+ * first one would wait for each other, and quantized weights come a third faster. */
+#ifdef PAIRS
 #define ASKED_TO _MM_HINT_T1
 #else
 #define ASKED_TO _MM_HINT_T0

@@ -92,8 +92,8 @@ async def fleet(run_dir: str = "") -> AsyncIterator[Fleet]:
     listening.cancel()
 
 
-def asked(rid: str, rank: int | None = None) -> Generate:
-    return Generate(request=Request(rid=rid, params=SamplingParams(), wanted_rank=rank), text="hi")
+def asked(rid: str, rank: int | None = None, adapter: str = "") -> Generate:
+    return Generate(request=Request(rid=rid, params=SamplingParams(), wanted_rank=rank, adapter=adapter), text="hi")
 
 
 @asynchronous
@@ -533,10 +533,7 @@ async def test_a_scheduler_that_comes_back_gets_the_adapters_that_were_decided_a
 async def test_where_no_scheduler_has_a_decided_adapter_its_requests_wait_until_theirs_is_given_it() -> None:
     async with fleet() as ring:
         ring.client.schedulers.decide(LoadAdapter(lora_name="a", lora_path="/a"))
-        named = [asked("x", 0), asked("y", 1), asked("base", 1)]
-        for generate in named[:2]:
-            generate.request.adapter = "a"
-        with ring.client.open(named):
+        with ring.client.open([asked("x", 0, "a"), asked("y", 1, "a"), asked("base", 1)]):
             assert [rid for rid, *_ in ring.generates] == ["base"]
             ring.start(1)
             await settle()
@@ -554,9 +551,7 @@ async def test_where_no_scheduler_has_a_decided_adapter_its_requests_wait_until_
 async def test_a_request_waits_for_its_adapter_also_when_its_scheduler_has_died_while_it_was_given_it() -> None:
     async with fleet() as ring:
         ring.client.schedulers.decide(LoadAdapter(lora_name="a", lora_path="/a"))
-        named = asked("x", 0)
-        named.request.adapter = "a"
-        with ring.client.open([named]):
+        with ring.client.open([asked("x", 0, "a")]):
             ring.start(0)
             await settle()
             assert ring.sent(LoadAdapter)
@@ -577,9 +572,7 @@ async def test_a_request_does_not_wait_for_an_adapter_that_its_scheduler_cannot_
     monkeypatch.setattr(levelling, "LOOK_AFTER_S", 0.0)
     async with fleet() as ring:
         ring.client.schedulers.decide(LoadAdapter(lora_name="a", lora_path="/a"))
-        named = asked("x", 0)
-        named.request.adapter = "a"
-        with ring.client.open([named]):
+        with ring.client.open([asked("x", 0, "a")]):
             ring.start(0)
             await settle()
             while not ring.generates:
