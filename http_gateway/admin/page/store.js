@@ -66,28 +66,31 @@ export class Store {
     await this.#makeRoom(conversation.id);
   }
 
+  /* It is listed until the browser has deleted it: what is not listed any more does not come back. */
   async remove(id) {
+    await this.#write((table) => table.delete(id));
     this.all.delete(id);
     this.sizes.delete(id);
-    await this.#write((table) => table.delete(id));
   }
 
   async #makeRoom(keep) {
     const oldest = this.list()
       .reverse()
       .filter((conversation) => conversation.id !== keep);
-    let total = [...this.sizes.values()].reduce((sum, size) => sum + size, 0);
-    while (oldest.length && (this.all.size > MOST_CONVERSATIONS || total > MOST_CHARACTERS)) {
-      const { id } = oldest.shift();
-      total -= this.sizes.get(id);
-      await this.remove(id);
-    }
+    while (oldest.length && this.#isOverfull()) await this.remove(oldest.shift().id);
+  }
+
+  #isOverfull() {
+    const total = [...this.sizes.values()].reduce((sum, size) => sum + size, 0);
+    return this.all.size > MOST_CONVERSATIONS || total > MOST_CHARACTERS;
   }
 
   async #write(change) {
     if (!this.lasting) return;
     try {
-      await done(change(this.database.transaction(TABLE, "readwrite").objectStore(TABLE)));
+      const transaction = this.database.transaction(TABLE, "readwrite");
+      change(transaction.objectStore(TABLE));
+      await committed(transaction);
     } catch {
       this.lasting = false; // the disk is full, or the browser has changed its mind
     }
@@ -141,5 +144,13 @@ function done(request) {
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
     request.onblocked = () => reject(new Error("blocked"));
+  });
+}
+
+/* A page that is left when its request has succeeded, but not yet its transaction, loses what it has written. */
+function committed(transaction) {
+  return new Promise((resolve, reject) => {
+    transaction.oncomplete = () => resolve();
+    transaction.onabort = () => reject(transaction.error);
   });
 }
