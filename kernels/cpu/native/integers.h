@@ -159,7 +159,7 @@ INLINE void multiply_units(const struct quantized *w, int bits, int halves, int 
             for (int block = 0; block < blocks; block++)
                 soon[block] = quantized_numbers(w, x->depth, after[block], 0);
         for (int block = 0; CROSSES_BLOCKS && block < blocks; block++)
-            _mm_prefetch((const char *)(soon_scales[block] + unit * halves * half_numbers), _MM_HINT_T0);
+            _mm_prefetch((const char *)(soon_scales[block] + unit * halves * half_numbers), ASKED_TO);
         for (int half = 0; half < halves; half++) {
             integers dot[4][4];
 #pragma GCC unroll 4
@@ -225,6 +225,8 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
                               int64_t row, const int64_t *columns, const int64_t *after, float *sums, int64_t stride) {
     if (w->halves == 1 && !w->offsets)
         multiply_units(w, bits, 1, 0, rows, blocks, x, row, columns, after, sums, stride);
+    else if (w->halves == 1 && bits == 4)
+        multiply_units(w, bits, 1, 1, rows, blocks, x, row, columns, after, sums, stride);
     else
         multiply_units(w, bits, w->halves, w->offsets, rows, blocks, x, row, columns, after, sums, stride);
 }
