@@ -2,8 +2,8 @@
  *
  * Keys of a block are transposed once for all rows that see them, so that a vector has 16 keys' numbers: a row's scores are
  * sums of these, times single numbers of its query, in float; where there is VDPBF16PS, pairs of both, as they are. Values
- * stay as they are: a vector has numbers of one value, which are weighed by one number. A few rows at a time keep their
- * sums in registers. Scores, weights and sums are float.
+ * stay as they are: a vector has numbers of one value, which are weighed by one number, or pairs of two values' numbers,
+ * with weights in bfloat16, as with AMX. A few rows at a time keep their sums in registers. Scores and sums are float.
  */
 #pragma once
 
@@ -32,7 +32,8 @@ struct workspace {
     factor keys[BLOCK_KEYS * MOST_DIM];                /* (keys / 16, dim, 16), or in pairs: (keys / 16, dim / 2, 16, 2) */
     const bf16 *value_rows[BLOCK_KEYS / TILE_ROWS];    /* where 16 values of the block begin */
     bf16 copied[TILE_ROWS * MOST_DIM], values[BLOCK_KEYS * MOST_DIM]; /* where they do not lie together */
-    float scores[TILE_ROWS][BLOCK_KEYS];               /* of a unit, then its weights */
+    float scores[TILE_ROWS][BLOCK_KEYS];               /* of a unit */
+    factor weights[TILE_ROWS][BLOCK_KEYS];             /* made of them */
     float shrink[TILE_ROWS];                           /* what sums so far are multiplied with */
     float earlier_sums[PLACES * TILE_ROWS * MOST_DIM]; /* of spans before */
     float earlier_largest[PLACES][TILE_ROWS], earlier_total[PLACES][TILE_ROWS];
@@ -151,7 +152,17 @@ INLINE void load_value(const bf16 *value, vec *numbers) {
 #endif
 }
 
-/* sums (rows, VALUE_COLUMNS) = sums * shrink + weights (rows, count) @ values, from column d on. */
+#ifdef PAIRS
+/* The numbers of two values, side by side: of even columns and of odd ones. */
+INLINE void pair_of_values(const bf16 *value, int64_t dim, __m512bh *numbers) {
+    __m512i first = _mm512_loadu_si512(value), second = _mm512_loadu_si512(value + dim);
+    numbers[0] = (__m512bh)_mm512_mask_blend_epi16(0xAAAAAAAA, first, _mm512_slli_epi32(second, 16));
+    numbers[1] = (__m512bh)_mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(first, 16), second);
+}
+#endif
+
+/* sums (rows, VALUE_COLUMNS) = sums * shrink + weights (rows, count) @ values, from column d on. Behind an odd count there is
+ * another value in pairs, of weight 0. */
 INLINE void add_few(int rows, const struct workspace *work, int64_t first, int64_t count, int64_t dim, int64_t d,
                     float *sums) {
     vec sum[ROWS_AT_ONCE][VALUE_VECTORS];
@@ -163,7 +174,22 @@ INLINE void add_few(int rows, const struct workspace *work, int64_t first, int64
     for (int64_t key = 0; key < count; key += TILE_ROWS) {
         const bf16 *values = work->value_rows[key / TILE_ROWS] + d;
         int64_t some = fewer(count - key, TILE_ROWS);
-        const float *weights = &work->scores[first][key];
+        const factor *weights = &work->weights[first][key];
+#ifdef PAIRS
+        for (int64_t i = 0; i < some; i += 2, values += 2 * dim) {
+            __m512bh value[VALUE_VECTORS];
+            pair_of_values(values, dim, value);
+#pragma GCC unroll 8
+            for (int row = 0; row < rows; row++) {
+                int32_t pair;
+                memcpy(&pair, weights + row * BLOCK_KEYS + i, 4);
+                __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+                for (int j = 0; j < VALUE_VECTORS; j++)
+                    sum[row][j] = _mm512_dpbf16_ps(sum[row][j], weight, value[j]);
+            }
+        }
+#else
         for (int64_t i = 0; i < some; i++, values += dim) {
             vec value[VALUE_VECTORS];
             load_value(values, value);
@@ -175,6 +201,7 @@ INLINE void add_few(int rows, const struct workspace *work, int64_t first, int64
                     sum[row][j] = vec_fma(weight, value[j], sum[row][j]);
             }
         }
+#endif
     }
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++)
@@ -266,20 +293,23 @@ static float largest_score(float *scores, int64_t count, int64_t first, int64_t 
     return vec_largest(vec_max(largest[0], largest[1]));
 }
 
-/* Weights 2^(score - largest) in place of a row's scores; returns their sum. */
-static float weigh_row(float *scores, int64_t count, float largest) {
+/* Weights 2^(score - largest) of a row; returns their sum. */
+static float weigh_row(const float *scores, factor *weights, int64_t count, float largest) {
     vec total[2] = {vec_set(0.0f), vec_set(0.0f)};
     for (int64_t key = 0; key < count; key += 2 * LANES)
         for (int i = 0; i < 2; i++) {
             vec weight = power_of_two(vec_sub(vec_load(scores + key + i * LANES), vec_set(largest)));
-            vec_store(scores + key + i * LANES, weight);
+#ifdef PAIRS
+            vec_store_bf16(weights + key + i * LANES, weight);
+#else
+            vec_store(weights + key + i * LANES, weight);
+#endif
             total[i] = vec_add(total[i], weight);
         }
     return vec_sum(vec_add(total[0], total[1]));
 }
 
-/* Weights of a unit's rows in place of their scores, and what sums so far are multiplied with; returns how many keys the
- * last row sees. */
+/* Weights of a unit's rows, and what sums so far are multiplied with; returns how many keys the last row sees. */
 static int64_t weigh_unit(const struct unit *unit, int64_t rows) {
     const struct task *task = unit->task;
     const struct attention *a = task->a;
@@ -301,23 +331,32 @@ static int64_t weigh_unit(const struct unit *unit, int64_t rows) {
     vec_store(found, largest);
     for (int64_t row = 0; row < rows; row++)
         if (first[row] < end[row])
-            totals[row] = weigh_row(work->scores[row], unit->count, found[row]);
+            totals[row] = weigh_row(work->scores[row], work->weights[row], unit->count, found[row]);
         else
-            memset(work->scores[row], 0, (size_t)unit->count * 4);
+            memset(work->weights[row], 0, (size_t)unit->count * sizeof(factor));
     vec_store(work->largest[place], largest);
     vec_store(work->total[place], vec_fma(vec_load(work->total[place]), shrink, vec_load(totals)));
     vec_store(work->shrink, shrink);
     return end[rows - 1];
 }
 
+/* Ask for a quarter of the block that is computed next, while the first tile of this one is computed. */
+OUTLINE void ask_quarter(const struct stream *stream, const struct unit *unit, int64_t quarter) {
+    for (int64_t part = 0; unit->first && part < BLOCK_KEYS / 4; part += TILE_DEPTH)
+        ask_behind(stream, unit, quarter * (BLOCK_KEYS / 4) + part);
+}
+
 static void compute(const struct stream *stream, const struct unit *unit) {
     const struct task *task = unit->task;
     int64_t rows = fewer(task->rows - unit->tile * TILE_ROWS, TILE_ROWS);
     prepare_sums(unit);
-    for (int64_t part = 0; unit->first && part < BLOCK_KEYS; part += TILE_DEPTH)
-        ask_behind(stream, unit, part);
+    ask_quarter(stream, unit, 0);
     score_unit(unit, rows);
-    add_unit(unit, rows, weigh_unit(unit, rows));
+    ask_quarter(stream, unit, 1);
+    int64_t keys = weigh_unit(unit, rows);
+    ask_quarter(stream, unit, 2);
+    add_unit(unit, rows, keys);
+    ask_quarter(stream, unit, 3);
 }
 
 static void attend_units(struct stream *stream) {
