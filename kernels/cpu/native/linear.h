@@ -28,6 +28,7 @@
 #define DEPTH_BLOCK 1024 /* longer k is cut into pieces: of a step where x is in tiles */
 #define STEP_BLOCK 256 /* of k: so much of a panel stays in the first cache while many rows pass */
 #define VECTOR_STEP_BLOCK 448 /* the same, of a panel of GRID_BLOCKS blocks that rows pass without tiles */
+#define LEAST_SHARED_ROWS 48 /* from so many on that pass, the first grids of rows ask for one block each of what comes next */
 #define FEW_STEP_BLOCK 512 /* the same, of an expanded panel and fewer rows than two times MANY_ROWS */
 #define CHUNK_PANELS 8 /* most panels that a thread takes at once */
 #define FEW_TURNS 8    /* least that a thread has where the threads take several panels of few rows at once */
@@ -67,14 +68,20 @@ INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, co
         }
     }
 #ifdef PAIRS
-    int asks = !row && !plan->p->quantized.numbers;
+    int64_t grid = row / GRID_ROWS, shares = plan->padded_rows >= LEAST_SHARED_ROWS ? GRID_BLOCKS : 1;
+    int asks = grid < shares && !plan->p->quantized.numbers ? GRID_BLOCKS / (int)shares : 0;
+    next += grid % shares;
     switch (rows) {
     case 1: multiply_many_1_0(x, plan->stride, weight, next, depth, sums); return;
     case 2: multiply_many_2_0(x, plan->stride, weight, next, depth, sums); return;
     case 3: multiply_many_3_0(x, plan->stride, weight, next, depth, sums); return;
     case 4: multiply_many_4_0(x, plan->stride, weight, next, depth, sums); return;
-    case 5: (asks ? multiply_many_5_1 : multiply_many_5_0)(x, plan->stride, weight, next, depth, sums); return;
-    default: (asks ? multiply_many_6_1 : multiply_many_6_0)(x, plan->stride, weight, next, depth, sums); return;
+    case 5: (asks ? multiply_many_5_4 : multiply_many_5_0)(x, plan->stride, weight, next, depth, sums); return;
+    }
+    switch (asks) {
+    case 0: multiply_many_6_0(x, plan->stride, weight, next, depth, sums); return;
+    case 1: multiply_many_6_1(x, plan->stride, weight, next, depth, sums); return;
+    default: multiply_many_6_4(x, plan->stride, weight, next, depth, sums); return;
     }
 #elif !defined(__AMX_BF16__)
     for (int place = 0; place < plan->blocks; place += GRID_BLOCKS)

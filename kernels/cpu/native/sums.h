@@ -112,8 +112,8 @@ INLINE void add_pair(vec *sum, const bf16 *line, const factor *row) {
 
 #ifdef PAIRS
 /* The same for many rows, which pass a part of the weight that stays in the first cache: a pair of x is loaded once for all
- * blocks.
- * Sums (rows, GRID_BLOCKS * 16) lie side by side. `asks`: have what comes behind that part, at `next`, brought to the second cache. */
+ * blocks. Sums (rows, GRID_BLOCKS * 16) lie side by side. `asks`: of so many blocks of what comes behind that part, which are at
+ * `next`, have the numbers brought to the second cache. */
 INLINE void multiply_many(int rows, int asks, const factor *x, int64_t stride, const bf16 *const *weight,
                           const bf16 *const *next, int64_t depth, float *sums) {
     vec sum[GRID_ROWS][GRID_BLOCKS];
@@ -127,7 +127,7 @@ INLINE void multiply_many(int rows, int asks, const factor *x, int64_t stride, c
 #pragma GCC unroll 4
         for (int block = 0; block < GRID_BLOCKS; block++) {
             line[block] = (__m512bh)_mm512_loadu_si512(weight[block] + k * LANES);
-            if (asks)
+            if (block < asks)
                 _mm_prefetch((const char *)(next[block] + k * LANES), ASKED_TO);
         }
 #pragma GCC unroll 6
@@ -159,8 +159,9 @@ MULTIPLY_MANY(3, 0)
 MULTIPLY_MANY(4, 0)
 MULTIPLY_MANY(5, 0)
 MULTIPLY_MANY(6, 0)
-MULTIPLY_MANY(5, 1)
 MULTIPLY_MANY(6, 1)
+MULTIPLY_MANY(5, 4)
+MULTIPLY_MANY(6, 4)
 #undef MULTIPLY_MANY
 #endif
 
