@@ -104,6 +104,11 @@ INLINE struct integer_rows integer_rows_at(void *memory, int64_t rows, int64_t d
 
 /* 16 numbers times `inverse`, rounded; returns their sum. */
 INLINE int32_t store_rounded(vec numbers, float inverse, int8_t *out) {
+#ifdef __AVX512F__
+    __m512i rounded = _mm512_cvtps_epi32(vec_mul(numbers, vec_set(inverse)));
+    _mm_storeu_si128((__m128i *)out, _mm512_cvtepi32_epi8(rounded));
+    return _mm512_reduce_add_epi32(rounded);
+#else
     float some[LANES];
     int32_t sum = 0;
     vec_store(some, vec_round(vec_mul(numbers, vec_set(inverse))));
@@ -113,6 +118,7 @@ INLINE int32_t store_rounded(vec numbers, float inverse, int8_t *out) {
         sum += number;
     }
     return sum;
+#endif
 }
 
 /* Unit `unit` of row `row` from two times 16 numbers. */
