@@ -19,6 +19,7 @@
  */
 #pragma once
 
+#include "grid.h"
 #include "integer_tiles.h"
 #include "plan.h"
 #include "pool.h"
@@ -28,66 +29,11 @@
 #define DEPTH_BLOCK 1024 /* longer k is cut into pieces: of a step where x is in tiles */
 #define STEP_BLOCK 256 /* of k: so much of a panel stays in the first cache while many rows pass */
 #define VECTOR_STEP_BLOCK 448 /* the same, of a panel of GRID_BLOCKS blocks that rows pass without tiles */
-#define LEAST_SHARED_ROWS 48 /* from so many on that pass, the first grids of rows ask for one block each of what comes next */
 #define FEW_STEP_BLOCK 512 /* the same, of an expanded panel and fewer rows than two times MANY_ROWS */
+#define FEW_TURNS 4    /* least that a thread has where the threads take several panels of few rows at once */
+#define MOST_APART 4   /* threads of which each prepares a single row for itself: quicker than to wait for all of its parts */
 #define CHUNK_PANELS 8 /* most panels that a thread takes at once */
-#define FEW_TURNS 8    /* least that a thread has where the threads take several panels of few rows at once */
 #define CHUNK_OF_PIECES 16 /* where k is cut into pieces: a chunk reads all of x, from beyond the second cache */
-
-/* Some rows of a block through a panel; `next` is what the thread reads after it: the panel that follows in the same
- * piece of k, or where rows pass in steps without tiles the next step. */
-INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, const bf16 *const *next, int64_t row,
-                          int64_t rows, int64_t from, int64_t depth, float *sums, int64_t stride) {
-#if defined(__AMX_BF16__)
-    if (plan->tiled) {
-        const bf16 *x = (const bf16 *)plan->x + row * plan->depth + from * 16;
-        if (rows > 16 && plan->padded_rows <= MANY_ROWS) { /* the first rows ask for the weight, the others find it */
-            multiply_tiles(2, x, 16 * plan->depth, weight, row ? 0 : next, depth, !from, sums, stride, 0, 0);
-        } else if (rows > 16) { /* each grid of rows asks for a share of the next panel's blocks, one after the other */
-            int64_t tiles = plan->padded_rows / GRID_ROWS, tile = row / GRID_ROWS, half = (tiles + 1) / 2;
-            int64_t lines = (16 + half - 1) / half;
-            const bf16 *share = next[tile >= half] + tile % half * lines * depth;
-            multiply_tiles(2, x, 16 * plan->depth, weight, 0, depth, !from, sums, stride, share, (int)lines);
-        } else {
-            multiply_tiles(1, x, 0, weight, next, depth, !from, sums, stride, 0, 0);
-        }
-        return;
-    }
-#endif
-    const factor *x = plan->x + row * plan->stride + from;
-    if (plan->grid_rows <= FEW_ROWS) {
-        switch (rows) {
-        case 1: multiply_few(1, FEW_BLOCKS, x, plan->stride, weight, next, depth, sums, stride); return;
-#if FEW_ROWS > 1
-        case 2: multiply_few(2, FEW_BLOCKS, x, plan->stride, weight, next, depth, sums, stride); return;
-#endif
-#if FEW_ROWS > 2
-        case 3: multiply_few(3, FEW_BLOCKS, x, plan->stride, weight, next, depth, sums, stride); return;
-        default: multiply_few(4, FEW_BLOCKS, x, plan->stride, weight, next, depth, sums, stride); return;
-#endif
-        }
-    }
-#ifdef PAIRS
-    int64_t grid = row / GRID_ROWS, shares = plan->padded_rows >= LEAST_SHARED_ROWS ? GRID_BLOCKS : 1;
-    int asks = grid < shares && !plan->p->quantized.numbers ? GRID_BLOCKS / (int)shares : 0;
-    next += grid % shares;
-    switch (rows) {
-    case 1: multiply_many_1_0(x, plan->stride, weight, next, depth, sums); return;
-    case 2: multiply_many_2_0(x, plan->stride, weight, next, depth, sums); return;
-    case 3: multiply_many_3_0(x, plan->stride, weight, next, depth, sums); return;
-    case 4: multiply_many_4_0(x, plan->stride, weight, next, depth, sums); return;
-    case 5: (asks ? multiply_many_5_4 : multiply_many_5_0)(x, plan->stride, weight, next, depth, sums); return;
-    }
-    switch (asks) {
-    case 0: multiply_many_6_0(x, plan->stride, weight, next, depth, sums); return;
-    case 1: multiply_many_6_1(x, plan->stride, weight, next, depth, sums); return;
-    default: multiply_many_6_4(x, plan->stride, weight, next, depth, sums); return;
-    }
-#elif !defined(__AMX_BF16__)
-    for (int place = 0; place < plan->blocks; place += GRID_BLOCKS)
-        multiply_few(GRID_ROWS, GRID_BLOCKS, x, plan->stride, weight + place, 0, depth, sums + place * LANES, stride);
-#endif
-}
 
 /* Steps of k of a thread's panels, in the order in which they are computed. */
 struct position {
@@ -203,12 +149,25 @@ struct block {
     int64_t kept_size; /* of each thread */
     bf16 *expanded;    /* a panel of the weight, or null */
     int64_t expanded_size; /* of each thread */
-    atomic_long next;
+    struct shares chunks;
 };
+
+/* A plan with a place of its own for the rows. */
+INLINE struct plan own_plan(const struct plan *plan, int thread) {
+    struct plan own = *plan;
+    own.x = plan->x + thread * plan->padded_rows * plan->depth;
+    if (plan->integers)
+        own.rows = integer_rows_at(own.x, plan->padded_rows, plan->depth);
+    return own;
+}
 
 static void compute_block(void *argument, int thread, int threads) {
     struct block *block = argument;
-    struct plan *plan = block->plan;
+    struct plan *plan = block->plan, own;
+    if (plan->apart) {
+        own = own_plan(plan, thread);
+        plan = &own;
+    }
 #if defined(__AMX_BF16__)
     unsigned state = _mm_getcsr();
     _mm_setcsr(state | 0x8040); /* as tiles do: numbers too small to be normal are zeros */
@@ -217,11 +176,13 @@ static void compute_block(void *argument, int thread, int threads) {
             prepare_integer_tiles(plan, block->first, row);
     else
 #endif
-    if (!plan->p->x_tiles && !plan->direct)
+    if (plan->apart)
+        prepare_part(plan, block->first, 0, 0, plan->depth);
+    else if (!plan->p->x_tiles && !plan->direct)
         prepare_rows(plan, block->first, block->rows, plan->padded_rows, thread, threads);
     if (plan->plain)
         prepare_rows(plan->plain, block->first, block->rows, plan->padded_rows, thread, threads);
-    if (!plan->direct)
+    if (!plan->direct && !plan->apart)
         quartet_barrier(threads);
     if (plan->tiled || plan->integer_tiles)
         tiles_begin(plan->tiled ? block->rows : MOST_ROWS);
@@ -231,9 +192,10 @@ static void compute_block(void *argument, int thread, int threads) {
     }
     bf16 *expanded = block->expanded ? block->expanded + thread * block->expanded_size : 0;
     float *kept = block->kept ? block->kept + thread * block->kept_size : 0;
-    int64_t begin;
-    while ((begin = quartet_next(&block->next) * block->chunk) < plan->panels) {
-        int64_t end = begin + block->chunk < plan->panels ? begin + block->chunk : plan->panels;
+    long chunk;
+    while ((chunk = quartet_take(&block->chunks, thread)) >= 0) {
+        int64_t begin = chunk * block->chunk, end = begin + block->chunk;
+        end = end < plan->panels ? end : plan->panels;
         if (plan->integers) {
             compute_integers(plan, block->first, block->rows, begin, end);
             continue;
@@ -275,10 +237,11 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
         int64_t most = threads * (deep && tiles && many ? CHUNK_OF_PIECES : CHUNK_PANELS);
         int64_t turns = (plan->panels + most - 1) / most; /* of each thread */
         block.chunk = (plan->panels + threads * turns - 1) / (threads * turns);
-    } else if (plan->integers && plan->panels >= threads * FEW_TURNS) {
+    } else if (plan->panels >= threads * FEW_TURNS) {
         int64_t even = plan->panels / (threads * FEW_TURNS);
         block.chunk = even < CHUNK_PANELS ? even : CHUNK_PANELS;
     }
+    quartet_share(&block.chunks, (plan->panels + block.chunk - 1) / block.chunk, threads);
     if (plan->tiled && (expands || many))
         plan->step = even_part(plan->piece, expands && rows <= 2 * MANY_ROWS ? FEW_STEP_BLOCK : STEP_BLOCK);
     else if (in_steps(plan) && plan->padded_rows > GRID_ROWS)
@@ -381,7 +344,9 @@ static int product(const struct product *p) {
     int64_t pad = on_tiles(p) && most <= 16 ? 16 : plan.grid_rows;
     plan.direct = takes_rows(&plan);
     plan.stride = plan.direct ? p->x_stride : plan.depth;
-    plan.x = p->x_tiles || plan.direct ? (factor *)p->x : quartet_scratch(0, round_up(most, pad) * plan.depth * (int64_t)sizeof(factor));
+    plan.apart = p->rows == 1 && p->threads <= MOST_APART && !plan.direct && !p->x_tiles && !p->additions;
+    int64_t copies = plan.apart ? p->threads : 1, numbers = copies * round_up(most, pad) * plan.depth;
+    plan.x = p->x_tiles || plan.direct ? (factor *)p->x : quartet_scratch(0, numbers * (int64_t)sizeof(factor));
     if (!plan.x)
         return -1;
     if (plan.integers)

@@ -28,13 +28,14 @@ static struct {
     int cpus[MOST_THREADS]; /* the CPU that is a worker's own, or -1 */
     int placed;  /* so many workers have been told which CPUs are theirs, */
     int avoided; /* and that this is the caller's */
-    task run;
+    _Alignas(SHARE_BYTES) task run; /* what the caller writes and the workers look at: one cache line */
     void *argument;
     int threads;
     atomic_int generation; /* of the running operation */
-    atomic_int unfinished; /* workers that have not seen it through */
+    _Alignas(SHARE_BYTES) atomic_uint finished; /* how often a worker has seen an operation through: the other way round */
     atomic_int sleeping;
-    atomic_int arrived, barriers;
+    _Alignas(SHARE_BYTES) atomic_int arrived;
+    atomic_int barriers;
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .avoided = -1};
 
 static void wait_for_next(int seen) {
@@ -58,7 +59,7 @@ static void *work(void *start) {
         seen = atomic_load(&pool.generation);
         if (thread < pool.threads)
             pool.run(pool.argument, thread, pool.threads);
-        atomic_fetch_sub_explicit(&pool.unfinished, 1, memory_order_release);
+        atomic_fetch_add_explicit(&pool.finished, 1, memory_order_release);
     }
     return 0;
 }
@@ -66,7 +67,6 @@ static void *work(void *start) {
 /* In a child process there are no workers. */
 static void forget_workers(void) {
     pool.workers = pool.placed = 0;
-    atomic_store(&pool.unfinished, 0);
     atomic_store(&pool.sleeping, 0);
     atomic_store(&pool.arrived, 0);
     pthread_mutex_init(&pool.owner, 0);
@@ -160,13 +160,13 @@ void quartet_run(task run, void *argument, int threads) {
     pool.run = run;
     pool.argument = argument;
     pool.threads = threads = threads <= pool.workers ? threads : pool.workers + 1;
-    atomic_store(&pool.unfinished, pool.workers);
+    unsigned finished = atomic_load_explicit(&pool.finished, memory_order_relaxed) + (unsigned)pool.workers;
     atomic_fetch_add(&pool.generation, 1);
     if (atomic_load(&pool.sleeping))
         syscall(SYS_futex, &pool.generation, FUTEX_WAKE_PRIVATE, MOST_THREADS, 0, 0, 0);
     run(argument, 0, threads);
     int spins = 0;
-    while (atomic_load_explicit(&pool.unfinished, memory_order_acquire))
+    while (atomic_load_explicit(&pool.finished, memory_order_acquire) != finished)
         pause_a_little(&spins);
     pthread_mutex_unlock(&pool.owner);
 }
