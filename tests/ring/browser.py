@@ -50,6 +50,7 @@ class Visit:
         if model_info is not None:
             self.page.route("**/model_info", lambda route: route.fulfill(json=model_info))
         self.page.goto(url)
+        expect(self.page.locator("#messages > *").first).to_be_attached()  # it has read what the browser keeps
 
     def _note_request(self, request: Request) -> None:
         self.addresses.append(request.url)

@@ -276,6 +276,24 @@ def test_conversations_are_renamed_and_deleted_for_good(visit: Callable[..., Vis
     expect(seen.page.locator(".conversations .pick")).to_have_text(EXAMPLE["title"])
 
 
+def test_a_conversation_that_is_saved_while_it_is_deleted_stays(visit: Callable[..., Visit]) -> None:
+    seen = visit()
+    listed = seen.page.evaluate(
+        """async (conversation) => {
+            const { Store } = await import(new URL("page/store.js", document.baseURI).href);
+            const store = new Store();
+            await store.open();
+            await store.save(conversation);
+            await Promise.all([store.remove(conversation.id), store.save(conversation)]);
+            const now = store.list().length;
+            await store.open();
+            return [store.lasting, now, store.list().length];
+        }""",
+        conversation("other", "a", "b"),
+    )
+    assert listed == [True, 1, 1]
+
+
 # Markdown
 
 PIECES = {

@@ -124,11 +124,11 @@ async function start() {
   byId("new-chat").prepend(icon("plus"));
   byId("theme").append(icon("theme"));
   setTheme(theme());
+  byId("theme").addEventListener("click", () => setTheme(THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length]));
+  byId("menu").addEventListener("click", () => toggleSidebar());
   const store = new Store();
   await store.open();
   const views = { chat: new Chat(store, server), server: new ServerView() };
-  byId("theme").addEventListener("click", () => setTheme(THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length]));
-  byId("menu").addEventListener("click", () => toggleSidebar());
   byId("open-settings").addEventListener("click", () => views.chat.settings.toggle());
   byId("skip").addEventListener("click", (event) => (event.preventDefault(), byId("prompt").focus()));
   byId("shade").addEventListener("click", () => (views.chat.settings.toggle(false), toggleSidebar(false)));

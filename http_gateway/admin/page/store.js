@@ -15,6 +15,7 @@ export class Store {
   constructor() {
     this.all = new Map(); // id → conversation
     this.sizes = new Map(); // id → characters
+    this.leaving = new Set(); // ids that the browser is deleting
     this.lasting = false; // the browser keeps them
   }
 
@@ -62,13 +63,17 @@ export class Store {
     }
     this.all.set(conversation.id, conversation);
     this.sizes.set(conversation.id, size);
+    this.leaving.delete(conversation.id);
     await this.#write((table) => table.put(kept));
     await this.#makeRoom(conversation.id);
   }
 
-  /* It is listed until the browser has deleted it: what is not listed any more does not come back. */
+  /* It is listed until the browser has deleted it, so that nobody takes it for gone before; it stays if it is saved
+     meanwhile. */
   async remove(id) {
+    this.leaving.add(id);
     await this.#write((table) => table.delete(id));
+    if (!this.leaving.delete(id)) return;
     this.all.delete(id);
     this.sizes.delete(id);
   }

@@ -69,7 +69,7 @@ struct product {
     const uint16_t *bias;   /* (n,) or null */
     int32_t output;         /* enum output; gated: activation(first half of n) * second half, (rows, n / 2) */
     int32_t activation;     /* enum activation */
-    void *out;              /* rows `out_stride` numbers apart */
+    void *out;              /* rows `out_stride` numbers apart, in other memory than x */
     int64_t out_stride;
     int32_t threads;
     int64_t number;                    /* of this product, as adapters know it */

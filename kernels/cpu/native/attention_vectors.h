@@ -153,16 +153,33 @@ INLINE void load_value(const bf16 *value, vec *numbers) {
 }
 
 #ifdef PAIRS
-/* The numbers of two values, side by side: of even columns and of odd ones. */
-INLINE void pair_of_values(const bf16 *value, int64_t dim, __m512bh *numbers) {
-    __m512i first = _mm512_loadu_si512(value), second = _mm512_loadu_si512(value + dim);
+/* The numbers of two values, side by side: of even columns and of odd ones. Where no row sees the second one, zeros take its place:
+ * its numbers may not be finite. */
+INLINE void pair_of_values(const bf16 *value, int64_t dim, int sees_second, __m512bh *numbers) {
+    __m512i first = _mm512_loadu_si512(value);
+    __m512i second = sees_second ? _mm512_loadu_si512(value + dim) : _mm512_setzero_si512();
     numbers[0] = (__m512bh)_mm512_mask_blend_epi16(0xAAAAAAAA, first, _mm512_slli_epi32(second, 16));
     numbers[1] = (__m512bh)_mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(first, 16), second);
 }
+
+/* The same for `rows` rows, weighed and added to their sums. */
+INLINE void add_two_values(int rows, const factor *weights, const bf16 *values, int64_t dim, int sees_second,
+                           vec (*sum)[VALUE_VECTORS]) {
+    __m512bh value[VALUE_VECTORS];
+    pair_of_values(values, dim, sees_second, value);
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++) {
+        int32_t pair;
+        memcpy(&pair, weights + row * BLOCK_KEYS, 4);
+        __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+        for (int j = 0; j < VALUE_VECTORS; j++)
+            sum[row][j] = _mm512_dpbf16_ps(sum[row][j], weight, value[j]);
+    }
+}
 #endif
 
-/* sums (rows, VALUE_COLUMNS) = sums * shrink + weights (rows, count) @ values, from column d on. Behind an odd count there is
- * another value in pairs, of weight 0. */
+/* sums (rows, VALUE_COLUMNS) = sums * shrink + weights (rows, count) @ values, from column d on. */
 INLINE void add_few(int rows, const struct workspace *work, int64_t first, int64_t count, int64_t dim, int64_t d,
                     float *sums) {
     vec sum[ROWS_AT_ONCE][VALUE_VECTORS];
@@ -176,19 +193,10 @@ INLINE void add_few(int rows, const struct workspace *work, int64_t first, int64
         int64_t some = fewer(count - key, TILE_ROWS);
         const factor *weights = &work->weights[first][key];
 #ifdef PAIRS
-        for (int64_t i = 0; i < some; i += 2, values += 2 * dim) {
-            __m512bh value[VALUE_VECTORS];
-            pair_of_values(values, dim, value);
-#pragma GCC unroll 8
-            for (int row = 0; row < rows; row++) {
-                int32_t pair;
-                memcpy(&pair, weights + row * BLOCK_KEYS + i, 4);
-                __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 2
-                for (int j = 0; j < VALUE_VECTORS; j++)
-                    sum[row][j] = _mm512_dpbf16_ps(sum[row][j], weight, value[j]);
-            }
-        }
+        for (int64_t i = 0; i + 1 < some; i += 2)
+            add_two_values(rows, weights + i, values + i * dim, dim, 1, sum);
+        if (some % 2)
+            add_two_values(rows, weights + some - 1, values + (some - 1) * dim, dim, 0, sum);
 #else
         for (int64_t i = 0; i < some; i++, values += dim) {
             vec value[VALUE_VECTORS];
@@ -340,7 +348,7 @@ static int64_t weigh_unit(const struct unit *unit, int64_t rows) {
     return end[rows - 1];
 }
 
-/* Ask for a quarter of the block that is computed next, while the first tile of this one is computed. */
+/* Ask for a quarter of the block that follows the one of `unit`, while the first tile of this one is computed. */
 OUTLINE void ask_quarter(const struct stream *stream, const struct unit *unit, int64_t quarter) {
     for (int64_t part = 0; unit->first && part < BLOCK_KEYS / 4; part += TILE_DEPTH)
         ask_behind(stream, unit, quarter * (BLOCK_KEYS / 4) + part);

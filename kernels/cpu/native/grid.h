@@ -3,7 +3,9 @@
 
 #include "plan.h"
 
-#define LEAST_SHARED_ROWS 48 /* from so many on that pass, the first grids of rows ask for one block each of what comes next */
+/* From so many rows on, padding included, each of the first GRID_BLOCKS grids asks for one block of what comes next; with fewer the
+ * first grid asks for all. Quantized weights are asked for where they are expanded. */
+#define LEAST_SHARED_ROWS 48
 
 /* Some rows of a block through a panel; `next` is what the thread reads after it: the panel that follows in the same
  * piece of k, or where rows pass in steps without tiles the next step. */
@@ -47,7 +49,7 @@ INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, co
     case 2: multiply_many_2_0(x, plan->stride, weight, next, depth, sums); return;
     case 3: multiply_many_3_0(x, plan->stride, weight, next, depth, sums); return;
     case 4: multiply_many_4_0(x, plan->stride, weight, next, depth, sums); return;
-    case 5: (asks ? multiply_many_5_4 : multiply_many_5_0)(x, plan->stride, weight, next, depth, sums); return;
+    case 5: (asks == GRID_BLOCKS ? multiply_many_5_4 : multiply_many_5_0)(x, plan->stride, weight, next, depth, sums); return;
     }
     switch (asks) {
     case 0: multiply_many_6_0(x, plan->stride, weight, next, depth, sums); return;

@@ -33,7 +33,7 @@ struct plan {
     factor *x;            /* the rows of one block, normed; tiles of bfloat16 if `tiled`, of int8 if `integer_tiles` */
     float *row_scales;    /* (groups, padded_rows), if `integer_tiles` */
     struct integer_rows rows; /* instead, if `integers` */
-    int apart;                /* each thread has the rows for itself */
+    int apart;                /* each thread prepares the single row in memory of its own, and waits for nobody */
     struct added added;       /* by adapters */
     const struct plan *plain; /* prepares the rows for adapters where they are integers or rotated; or null */
 };

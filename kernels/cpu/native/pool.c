@@ -32,7 +32,7 @@ static struct {
     void *argument;
     int threads;
     atomic_int generation; /* of the running operation */
-    _Alignas(SHARE_BYTES) atomic_uint finished; /* how often a worker has seen an operation through: the other way round */
+    _Alignas(SHARE_BYTES) atomic_uint finished; /* operations that workers have seen through: they write it, the caller reads it */
     atomic_int sleeping;
     _Alignas(SHARE_BYTES) atomic_int arrived;
     atomic_int barriers;

@@ -19,8 +19,9 @@ static inline long quartet_next(atomic_long *counter) {
     return atomic_fetch_add_explicit(counter, 1, memory_order_relaxed);
 }
 
-/* Numbers that the threads of a task divide among them, by turns: so they read memory close to one another. Each takes those of its
- * own share, one after the other, and then what is left of others': until then no core waits for a cache line of another one. */
+/* Numbers that the threads of a task divide among them: thread i has i, i + threads and so on, so that all read memory close to one
+ * another. Each takes those of its own share, and then what is left of others': until then no core waits for a cache line of another
+ * one. */
 struct shares {
     int count;
     struct {

@@ -112,8 +112,8 @@ INLINE void add_pair(vec *sum, const bf16 *line, const factor *row) {
 
 #ifdef PAIRS
 /* The same for many rows, which pass a part of the weight that stays in the first cache: a pair of x is loaded once for all
- * blocks. Sums (rows, GRID_BLOCKS * 16) lie side by side. `asks`: of so many blocks of what comes behind that part, which are at
- * `next`, have the numbers brought to the second cache. */
+ * blocks. Sums (rows, GRID_BLOCKS * 16) lie side by side. `asks`: so many blocks of `next`, the part that follows, are prefetched to
+ * the second cache. */
 INLINE void multiply_many(int rows, int asks, const factor *x, int64_t stride, const bf16 *const *weight,
                           const bf16 *const *next, int64_t depth, float *sums) {
     vec sum[GRID_ROWS][GRID_BLOCKS];
