@@ -43,7 +43,7 @@ from tests.fakes import AtOnce
 from tests.tokenizers_to_try import KINDS
 
 GROWTH = 16
-MOST = 40  # times the cost: room for a logarithm and for what caches do
+MOST = 100  # times the cost: room for a logarithm, and for caches that hold the small size and not the large one
 LEAST_S = 0.001  # what is measured at the smaller size, at least
 TRIES = 10
 RULES = Rules(vocab_size=1000, hidden_size=2, most_bytes=1 << 40)
