@@ -28,13 +28,13 @@ static struct {
     int cpus[MOST_THREADS]; /* the CPU that is a worker's own, or -1 */
     int placed;  /* so many workers have been told which CPUs are theirs, */
     int avoided; /* and that this is the caller's */
-    _Alignas(SHARE_BYTES) task run; /* what the caller writes and the workers look at: one cache line */
+    _Alignas(CACHE_LINE) task run; /* what the caller writes and the workers look at: one cache line */
     void *argument;
     int threads;
     atomic_int generation; /* of the running operation */
-    _Alignas(SHARE_BYTES) atomic_uint finished; /* operations that workers have seen through: they write it, the caller reads it */
+    _Alignas(CACHE_LINE) atomic_uint finished; /* operations that workers have seen through: they write it, the caller reads it */
     atomic_int sleeping;
-    _Alignas(SHARE_BYTES) atomic_int arrived;
+    _Alignas(CACHE_LINE) atomic_int arrived;
     atomic_int barriers;
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .avoided = -1};
 

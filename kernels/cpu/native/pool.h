@@ -3,8 +3,9 @@
 
 #include <stdatomic.h>
 
+#include "api.h"
+
 #define MOST_THREADS 64
-#define SHARE_BYTES 64 /* a cache line */
 
 typedef void (*task)(void *argument, int thread, int threads);
 
@@ -27,7 +28,7 @@ struct shares {
     struct {
         atomic_long next;
         long end;
-    } __attribute__((aligned(SHARE_BYTES))) of[MOST_THREADS];
+    } __attribute__((aligned(CACHE_LINE))) of[MOST_THREADS];
 };
 
 /* The numbers from 0 to before `numbers`. */
