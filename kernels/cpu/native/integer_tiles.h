@@ -1,90 +1,18 @@
-/* Products of many rows with rotated weights of 8 bits, as tiles of integers (AMX).
+/* Products of rows in groups (group_rows.h) with rotated weights of 8 bits, as tiles of integers (AMX).
  *
- * Rows become int8 as the weight is, with a scale for each row and group of up to MOST_GROUP numbers in k. A job is one
- * group for 32 rows and 32 columns: its four tiles of 32-bit sums go to memory, from where they are scaled and added to the
- * sums of the product as floats. That takes almost as long as the tiles do, so it is done between the tiles of the job that
- * follows: the upper two tiles of a job are stored at its end, the lower two in the middle of the next job. Where the sums
- * are complete and only SiLU is left, that is done there too.
+ * A job is one group for 32 rows and 32 columns: its four tiles of 32-bit sums go to memory, from where they are scaled and
+ * added to the sums of the product as floats. That takes almost as long as the tiles do, so it is done between the tiles of
+ * the job that follows: the upper two tiles of a job are stored at its end, the lower two in the middle of the next job.
+ * Where the sums are complete and only SiLU is left, that is done there too.
  */
 #pragma once
 
-#include "hadamard.h"
-#include "plan.h"
+#include "group_rows.h"
 
 #if defined(__AMX_BF16__)
 
-#define STEP 64             /* numbers in k of a tile */
-#define TILE_BYTES 1024     /* 16 rows, or columns, of STEP numbers */
 #define TILE_SUMS (16 * LANES)
 #define JOB_COLUMNS (2 * LANES)
-
-/* ---- rows on their way in ---- */
-
-/* ROTATED numbers of a row that is there, normed and rotated, times sqrt(ROTATED). */
-INLINE void load_group_part(const struct product *p, const bf16 *x, float scale, int64_t at, vec *numbers) {
-#pragma GCC unroll 8
-    for (int i = 0; i < ROTATED_VECS; i++) {
-        numbers[i] = vec_load_bf16(x + at + i * LANES);
-        if (p->norm) {
-            vec weight = vec_add(vec_load_bf16(p->norm + at + i * LANES), vec_set(p->norm_offset));
-            numbers[i] = vec_mul(vec_mul(numbers[i], vec_set(scale)), weight);
-        }
-    }
-    rotate_unscaled(numbers);
-}
-
-/* 64 numbers times `inverse`, rounded to int8. */
-INLINE __m512i rounded_bytes(const vec *numbers, vec inverse) {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    __m512i whole[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++)
-        whole[i] = _mm512_cvtps_epi32(vec_mul(numbers[i], inverse));
-    __m512i first = _mm512_packs_epi32(whole[0], whole[1]), second = _mm512_packs_epi32(whole[2], whole[3]);
-    return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(first, second));
-}
-
-/* A group of a row: rotated, rounded to int8, in tiles (row block, depth / STEP, 16, STEP); returns its scale. */
-INLINE float prepare_group(const struct plan *plan, const bf16 *x, float row_scale, int64_t from, int64_t count,
-                           int8_t *out) {
-    vec numbers[MOST_GROUP / LANES];
-    __m512i largest = _mm512_setzero_si512(); /* bits of absolute values: those of what is no number are the largest */
-    for (int64_t at = 0; at < count; at += ROTATED) {
-        vec *own = numbers + at / LANES;
-        load_group_part(plan->p, x, row_scale, from + at, own);
-#pragma GCC unroll 8
-        for (int i = 0; i < ROTATED_VECS; i++)
-            largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(own[i])));
-    }
-    uint32_t bits = _mm512_reduce_max_epu32(largest);
-    float most;
-    memcpy(&most, &bits, 4);
-    int finite = bits < 0x7F800000;
-    vec inverse = vec_set(finite && most > LEAST_LARGEST ? 127.0f / most : 0.0f);
-    for (int64_t at = 0; at < count; at += STEP, out += TILE_BYTES)
-        _mm512_storeu_si512(out, rounded_bytes(numbers + at / LANES, inverse));
-    return finite ? most / 127.0f * ROTATION_SCALE : NAN;
-}
-
-/* A row of the block; zeros if the product does not have it. */
-OUTLINE void prepare_integer_tiles(const struct plan *plan, int64_t first, int64_t row) {
-    const struct product *p = plan->p;
-    const bf16 *x = p->x + (first + row) * p->x_stride;
-    int there = first + row < p->rows;
-    float scale = there && p->norm ? row_scale(x, p->k, p->epsilon) : 1.0f;
-    int8_t *out = (int8_t *)plan->x + row / 16 * 16 * plan->depth + row % 16 * STEP;
-    for (int64_t from = 0; from < plan->depth; from += plan->group) {
-        int64_t count = plan->depth - from < plan->group ? plan->depth - from : plan->group;
-        float *to = plan->row_scales + from / plan->group * plan->padded_rows + row;
-        if (there) {
-            *to = prepare_group(plan, x, scale, from, count, out + from * 16);
-            continue;
-        }
-        *to = 0;
-        for (int64_t at = 0; at < count; at += STEP)
-            memset(out + (from + at) * 16, 0, STEP);
-    }
-}
 
 /* ---- jobs ---- */
 
@@ -202,24 +130,11 @@ OUTLINE void run_any_job(int64_t steps, int halves, const struct job_tiles *job)
 
 /* ---- panels ---- */
 
-/* One group of a panel. */
-struct group_place {
-    int64_t panel, from;
-};
-
 /* What a thread has begun: the job whose sums are on their way, and where its rows stand. */
 struct begun {
     struct scaled scaled;
     int64_t panel, row, rows; /* what is written when the sums are complete; rows 0: nothing */
 };
-
-INLINE const uint8_t *group_numbers(const struct plan *plan, struct group_place at, int place) {
-    return quantized_numbers(&plan->p->quantized, plan->depth, block_of(plan, at.panel, place), at.from);
-}
-
-INLINE const uint16_t *group_scales(const struct plan *plan, struct group_place at, int place) {
-    return quantized_scales(&plan->p->quantized, plan->depth, block_of(plan, at.panel, place), at.from);
-}
 
 /* What a job asks for: all of the group that comes next, if there are no other rows, else a share of it. */
 INLINE struct asked asked_by(const struct plan *plan, struct group_place next, int64_t row, int64_t steps) {
@@ -253,7 +168,7 @@ INLINE void write_begun(const struct plan *plan, int64_t first, const struct beg
 /* All rows of a block through one group of a panel. `next`: the group that comes after it. */
 INLINE void compute_group(const struct plan *plan, int64_t first, int64_t rows, struct group_place at,
                           struct group_place next, float *kept, int32_t *sums, struct begun *begun) {
-    int64_t size = plan->depth - at.from < plan->group ? plan->depth - at.from : plan->group, steps = size / STEP;
+    int64_t size = group_size(plan, at.from), steps = size / STEP;
     int halves = plan->padded_rows > 16 ? 2 : 1, last = at.from + size == plan->depth;
     struct job_tiles job = {.stride = 16 * plan->depth, .sums = sums, .before = &begun->scaled};
     struct scaled scaled = {.kept = at.from ? 0xFFFF : 0, .out_stride = plan->p->out_stride};
@@ -278,7 +193,7 @@ INLINE void compute_group(const struct plan *plan, int64_t first, int64_t rows, 
 }
 
 /* All rows of a block through some panels. `kept`: sums of (panels of a chunk or 1, padded rows, JOB_COLUMNS), aligned. */
-static void compute_integer_tiles(const struct plan *plan, int64_t first, int64_t rows, int64_t begin, int64_t end,
+static void compute_groups(const struct plan *plan, int64_t first, int64_t rows, int64_t begin, int64_t end,
                                   float *kept) {
     float unused[GRID_ROWS * JOB_COLUMNS] __attribute__((aligned(CACHE_LINE)));
     int32_t sums[4 * TILE_SUMS] __attribute__((aligned(CACHE_LINE)));
@@ -291,11 +206,9 @@ static void compute_integer_tiles(const struct plan *plan, int64_t first, int64_
     for (int64_t part = 0; part < plan->depth; part += piece)
         for (int64_t panel = begin; panel < end; panel++)
             for (int64_t from = part; from < part + piece && from < plan->depth; from += plan->group) {
-                struct group_place next = {panel, from + plan->group};
-                if (next.from >= part + piece || next.from >= plan->depth)
-                    next = (struct group_place){panel_after(plan, panel, begin, end), part};
+                struct group_place at = {panel, from}, next = group_after(plan, at, part, part + piece, begin, end);
                 float *own = kept + (piece < plan->depth ? panel - begin : 0) * size;
-                compute_group(plan, first, rows, (struct group_place){panel, from}, next, own, sums, &begun);
+                compute_group(plan, first, rows, at, next, own, sums, &begun);
             }
     int count = plan->padded_rows > 16 ? 32 : 16;
     if (count == 32) {

@@ -10,9 +10,10 @@
 
 #if defined(__AMX_BF16__)
 #define MOST_INTEGER_ROWS 8 /* for more it is faster to expand the weight */
-#define MOST_ROTATED_ROWS 4 /* for more it is faster to multiply tiles of integers */
+#define MOST_ROTATED_ROWS 4 /* for more it is faster to multiply whole groups */
 #elif defined(__AVX512VNNI__)
 #define MOST_INTEGER_ROWS 512
+#define MOST_ROTATED_ROWS 4
 #else
 #define MOST_INTEGER_ROWS 16
 #endif
@@ -37,15 +38,15 @@
 
 #if defined(__AVX512F__)
 
-typedef __m512i integers; /* of 32 bits */
+typedef int32_t integers __attribute__((vector_size(64))); /* arrays of __m512i would be written to memory again and again */
 
-INLINE integers integers_set(int32_t x) { return _mm512_set1_epi32(x); }
-INLINE vec integers_to_vec(integers x) { return _mm512_cvtepi32_ps(x); }
+INLINE integers integers_set(int32_t x) { return (integers)_mm512_set1_epi32(x); }
+INLINE vec integers_to_vec(integers x) { return _mm512_cvtepi32_ps((__m512i)x); }
 
 #if defined(__AVX512VNNI__)
 INLINE integers add_dots(integers sums, line w, int32_t four, int bits) {
     (void)bits;
-    return _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(four));
+    return (integers)_mm512_dpbusd_epi32((__m512i)sums, w, _mm512_set1_epi32(four));
 }
 #else
 INLINE integers add_dots(integers sums, line w, int32_t four, int bits) {
@@ -57,7 +58,7 @@ INLINE integers add_dots(integers sums, line w, int32_t four, int bits) {
         __m512i x_even = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), x_odd = _mm512_srai_epi16(x, 8);
         dots = _mm512_add_epi32(_mm512_madd_epi16(even, x_even), _mm512_madd_epi16(odd, x_odd));
     }
-    return _mm512_add_epi32(sums, dots);
+    return (integers)_mm512_add_epi32((__m512i)sums, dots);
 }
 #endif
 

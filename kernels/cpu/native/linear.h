@@ -14,12 +14,13 @@
  * a fifth of a product.
  *
  * A quantized weight (quantized.h) is expanded panel by panel to the same form, in memory that stays in the second cache;
- * from there on all is alike. Unless `exact` forbids it, few rows are multiplied as integers (integers.h), and with AMX more
- * rows too where the weight is rotated (integer_tiles.h).
+ * from there on all is alike. Unless `exact` forbids it, few rows are multiplied as integers (integers.h), and where the
+ * weight is rotated more rows too, in whole groups, by AMX (integer_tiles.h) or VNNI (integer_groups.h).
  */
 #pragma once
 
 #include "grid.h"
+#include "integer_groups.h"
 #include "integer_tiles.h"
 #include "plan.h"
 #include "pool.h"
@@ -58,7 +59,7 @@ INLINE struct place expanded_next(const struct plan *plan, const struct position
 /* Whether rows pass parts of the weight that stay in the first cache, without tiles. */
 INLINE int in_steps(const struct plan *plan) {
 #ifdef PAIRS
-    return plan->grid_rows == GRID_ROWS && !plan->integers;
+    return plan->grid_rows == GRID_ROWS && !plan->integers && !plan->grouped;
 #else
     (void)plan;
     return 0;
@@ -171,9 +172,11 @@ static void compute_block(void *argument, int thread, int threads) {
 #if defined(__AMX_BF16__)
     unsigned state = _mm_getcsr();
     _mm_setcsr(state | 0x8040); /* as tiles do: numbers too small to be normal are zeros */
-    if (plan->integer_tiles)
+#endif
+#if GROUP_ROWS
+    if (plan->grouped)
         for (int64_t row = thread; row < plan->padded_rows; row += threads)
-            prepare_integer_tiles(plan, block->first, row);
+            prepare_groups(plan, block->first, row);
     else
 #endif
     if (plan->apart)
@@ -184,7 +187,7 @@ static void compute_block(void *argument, int thread, int threads) {
         prepare_rows(plan->plain, block->first, block->rows, plan->padded_rows, thread, threads);
     if (!plan->direct && !plan->apart)
         quartet_barrier(threads);
-    if (plan->tiled || plan->integer_tiles)
+    if (plan->tiled || plan->grouped)
         tiles_begin(plan->tiled ? block->rows : MOST_ROWS);
     if (plan->added.jobs) {
         shrink(&plan->added);
@@ -200,15 +203,15 @@ static void compute_block(void *argument, int thread, int threads) {
             compute_integers(plan, block->first, block->rows, begin, end);
             continue;
         }
-#if defined(__AMX_BF16__)
-        if (plan->integer_tiles) {
-            compute_integer_tiles(plan, block->first, block->rows, begin, end, kept);
+#if GROUP_ROWS
+        if (plan->grouped) {
+            compute_groups(plan, block->first, block->rows, begin, end, kept);
             continue;
         }
 #endif
         compute_panels(plan, block->first, block->rows, begin, end, kept, expanded);
     }
-    if (plan->tiled || plan->integer_tiles)
+    if (plan->tiled || plan->grouped)
         tiles_end();
 #if defined(__AMX_BF16__)
     _mm_setcsr(state);
@@ -223,11 +226,11 @@ INLINE int64_t even_part(int64_t depth, int64_t most) {
 
 static int run_block(struct plan *plan, int64_t first, int64_t rows) {
     struct block block = {.plan = plan, .first = first, .rows = rows, .chunk = 1};
-    int threads = plan->p->threads, tiles = plan->tiled || plan->integer_tiles;
-    int expands = plan->p->quantized.numbers && !plan->integers && !plan->integer_tiles, many = rows > MANY_ROWS, deep;
+    int threads = plan->p->threads, tiles = plan->tiled || plan->grouped;
+    int expands = plan->p->quantized.numbers && !plan->integers && !plan->grouped, many = rows > MANY_ROWS, deep;
     plan->piece = plan->step = plan->depth;
     deep = plan->depth > DEPTH_BLOCK && (expands || (many && !plan->integers));
-    if (deep && plan->integer_tiles)
+    if (deep && plan->grouped)
         plan->piece = plan->group;
     else if (deep)
         plan->piece = even_part(plan->depth, in_steps(plan) ? VECTOR_STEP_BLOCK : plan->tiled && many ? STEP_BLOCK : DEPTH_BLOCK);
@@ -248,8 +251,11 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
         plan->step = even_part(plan->piece, VECTOR_STEP_BLOCK);
     else
         plan->step = plan->piece;
-    plan->row_scales = (float *)((int8_t *)plan->x + plan->padded_rows * plan->depth);
-    if (plan->step < plan->depth || plan->integer_tiles) {
+    if (plan->grouped) {
+        plan->row_scales = (float *)((int8_t *)plan->x + plan->padded_rows * plan->depth);
+        plan->row_sums = (int32_t *)(plan->row_scales + plan->depth / ROTATED * plan->padded_rows);
+    }
+    if (plan->step < plan->depth || plan->grouped) {
         int64_t panels = plan->piece < plan->depth ? block.chunk : 1;
         block.kept_size = panels * plan->padded_rows * plan->blocks * LANES;
         block.kept = quartet_scratch(1, threads * block.kept_size * 4);
@@ -268,28 +274,20 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
     return 0;
 }
 
-/* Have the plan add what adapters have, for blocks of at most so many rows; `plain` is memory for another plan. */
-static int plan_adapters(struct plan *plan, struct plan *plain, int64_t rows) {
-    if (!plan->p->additions)
-        return 0;
-    plan->added = (struct added){.from = plan->p->additions, .number = plan->p->number, .depth = plan->depth};
-    plan->added.x = plan->x;
-    plan->added.tiled = plan->tiled || plan->integer_tiles;
-    if (!plan->integers && !plan->rotated)
-        return 0;
-    *plain = *plan;
-    plain->integers = plain->integer_tiles = plain->rotated = 0;
-    plain->tiled = plan->added.tiled;
-    plan->added.x = plain->x = quartet_scratch(7, rows * plan->depth * (int64_t)sizeof(factor));
-    plan->plain = plain;
-    return plain->x ? 0 : -1;
-}
-
 INLINE int is_rotated(const struct product *p) { return p->quantized.numbers && p->quantized.rotated; }
 
 INLINE int as_integers(const struct product *p) {
     int64_t most = is_rotated(p) ? MOST_ROTATED_ROWS : MOST_INTEGER_ROWS;
     return p->quantized.numbers && !p->quantized.exact && p->rows <= most;
+}
+
+INLINE int in_groups(const struct product *p) {
+#if GROUP_ROWS
+    return is_rotated(p) && !p->quantized.exact && !as_integers(p);
+#else
+    (void)p;
+    return 0;
+#endif
 }
 
 INLINE int on_tiles(const struct product *p) {
@@ -301,7 +299,22 @@ INLINE int on_tiles(const struct product *p) {
 #endif
 }
 
-INLINE int as_integer_tiles(const struct product *p) { return on_tiles(p) && is_rotated(p) && !p->quantized.exact; }
+/* Have the plan add what adapters have, for blocks of at most so many rows; `plain` is memory for another plan. */
+static int plan_adapters(struct plan *plan, struct plan *plain, int64_t rows) {
+    if (!plan->p->additions)
+        return 0;
+    plan->added = (struct added){.from = plan->p->additions, .number = plan->p->number, .depth = plan->depth};
+    plan->added.x = plan->x;
+    plan->added.tiled = on_tiles(plan->p);
+    if (!plan->integers && !plan->rotated)
+        return 0;
+    *plain = *plan;
+    plain->integers = plain->grouped = plain->rotated = 0;
+    plain->tiled = plan->added.tiled;
+    plan->added.x = plain->x = quartet_scratch(7, rows * plan->depth * (int64_t)sizeof(factor));
+    plan->plain = plain;
+    return plain->x ? 0 : -1;
+}
 
 static int takes_tiles(const struct product *p) { return on_tiles(p) && !is_rotated(p) && p->k % TILE_DEPTH == 0; }
 
@@ -321,11 +334,14 @@ static int product(const struct product *p) {
     int gated = p->output == OUTPUT_GATED;
     plan.integers = as_integers(p);
     plan.rotated = is_rotated(p);
-    plan.integer_tiles = as_integer_tiles(p);
-    plan.tiled = on_tiles(p) && !plan.integer_tiles;
+    plan.grouped = in_groups(p);
+    plan.tiled = on_tiles(p) && !plan.grouped;
     if (plan.integers) {
         plan.blocks = FEW_BLOCKS;
         plan.grid_rows = p->rows < 3 ? (int)p->rows : 4;
+    } else if (plan.grouped && !on_tiles(p)) {
+        plan.blocks = FEW_BLOCKS;
+        plan.grid_rows = GROUP_ROWS;
     } else if (!on_tiles(p) && p->rows <= FEW_ROWS) {
         plan.blocks = FEW_BLOCKS;
         plan.grid_rows = FEW_ROWS;

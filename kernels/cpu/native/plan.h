@@ -17,7 +17,7 @@ struct plan {
     const struct product *p;
     int tiled;            /* x is packed in AMX tiles */
     int integers;         /* x is packed as int8 */
-    int integer_tiles;    /* x is packed as int8 in AMX tiles, see integer_tiles.h */
+    int grouped;          /* x is packed as int8 in whole groups, see group_rows.h */
     int rotated;          /* x is rotated */
     int grid_rows;        /* rows of a tile of sums */
     int blocks;           /* blocks of 16 columns of a tile of sums */
@@ -27,11 +27,12 @@ struct plan {
     int64_t padded_rows;  /* of a block of rows */
     int64_t piece;        /* of k: numbers that are summed before the next panel's turn */
     int64_t step;         /* of a piece: numbers that are summed before the next rows' turn */
-    int64_t group;        /* of k: numbers of x and the weight that share a scale, if `integer_tiles` */
+    int64_t group;        /* of k: numbers of x and the weight that share a scale, if `grouped` */
     int direct;           /* the rows are read where they are */
     int64_t stride;       /* numbers from row to row of `x` */
-    factor *x;            /* the rows of one block, normed; tiles of bfloat16 if `tiled`, of int8 if `integer_tiles` */
-    float *row_scales;    /* (groups, padded_rows), if `integer_tiles` */
+    factor *x;            /* the rows of one block, normed; tiles of bfloat16 if `tiled`, of int8 if `grouped` */
+    float *row_scales;    /* (groups, padded_rows), if `grouped` */
+    int32_t *row_sums;    /* the same, of the numbers as int8, if SUMS_ROWS */
     struct integer_rows rows; /* instead, if `integers` */
     int apart;                /* each thread prepares the single row in memory of its own, and waits for nobody */
     struct added added;       /* by adapters */
