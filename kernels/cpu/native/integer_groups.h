@@ -34,8 +34,9 @@ INLINE void multiply_group(int rows, int asks, const struct group_job *job) {
 #pragma GCC unroll 4
     for (int block = 0; block < GROUP_BLOCKS; block++) {
         weight[block] = job->weight[block];
-        ahead[block] = job->ahead[block];
+        ahead[block] = asks == GROUP_BLOCKS ? weight[block] + AHEAD : job->ahead[block];
     }
+    int64_t turn = job->size > AHEAD / LANES ? job->size - AHEAD / LANES : 0;
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
@@ -45,6 +46,10 @@ INLINE void multiply_group(int rows, int asks, const struct group_job *job) {
         line numbers[GROUP_BLOCKS];
         if (at && at % STEP == 0)
             x += TILE_BYTES - STEP;
+        if (asks == GROUP_BLOCKS && at == turn)
+#pragma GCC unroll 4
+            for (int block = 0; block < GROUP_BLOCKS; block++)
+                ahead[block] = job->ahead[block] - at * LANES;
 #pragma GCC unroll 4
         for (int block = 0; block < asks; block++)
             _mm_prefetch((const char *)ahead[block] + at * LANES, ASKED_TO);
@@ -81,17 +86,22 @@ MULTIPLY_GROUP(4, 0)
 MULTIPLY_GROUP(5, 0)
 MULTIPLY_GROUP(6, 0)
 MULTIPLY_GROUP(6, 1)
+MULTIPLY_GROUP(1, 4)
+MULTIPLY_GROUP(2, 4)
+MULTIPLY_GROUP(3, 4)
+MULTIPLY_GROUP(4, 4)
 MULTIPLY_GROUP(5, 4)
 MULTIPLY_GROUP(6, 4)
 #undef MULTIPLY_GROUP
 
+/* `asks`: 0, all blocks, or 1 with GROUP_ROWS rows. */
 INLINE void multiply_any_group(int64_t rows, int asks, const struct group_job *job) {
     switch (rows) {
-    case 1: multiply_group_1_0(job); return;
-    case 2: multiply_group_2_0(job); return;
-    case 3: multiply_group_3_0(job); return;
-    case 4: multiply_group_4_0(job); return;
-    case 5: (asks == GROUP_BLOCKS ? multiply_group_5_4 : multiply_group_5_0)(job); return;
+    case 1: (asks ? multiply_group_1_4 : multiply_group_1_0)(job); return;
+    case 2: (asks ? multiply_group_2_4 : multiply_group_2_0)(job); return;
+    case 3: (asks ? multiply_group_3_4 : multiply_group_3_0)(job); return;
+    case 4: (asks ? multiply_group_4_4 : multiply_group_4_0)(job); return;
+    case 5: (asks ? multiply_group_5_4 : multiply_group_5_0)(job); return;
     }
     switch (asks) {
     case 0: multiply_group_6_0(job); return;

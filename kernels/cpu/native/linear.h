@@ -153,12 +153,21 @@ struct block {
     struct shares chunks;
 };
 
+/* What goes with rows as integers lies behind them. */
+INLINE void place_scales(struct plan *plan) {
+    if (plan->integers)
+        plan->rows = integer_rows_at(plan->x, plan->padded_rows, plan->depth);
+    if (!plan->grouped)
+        return;
+    plan->row_scales = (float *)((int8_t *)plan->x + plan->padded_rows * plan->depth);
+    plan->row_sums = (int32_t *)(plan->row_scales + plan->depth / ROTATED * plan->padded_rows);
+}
+
 /* A plan with a place of its own for the rows. */
 INLINE struct plan own_plan(const struct plan *plan, int thread) {
     struct plan own = *plan;
     own.x = plan->x + thread * plan->padded_rows * plan->depth;
-    if (plan->integers)
-        own.rows = integer_rows_at(own.x, plan->padded_rows, plan->depth);
+    place_scales(&own);
     return own;
 }
 
@@ -175,7 +184,7 @@ static void compute_block(void *argument, int thread, int threads) {
 #endif
 #if GROUP_ROWS
     if (plan->grouped)
-        for (int64_t row = thread; row < plan->padded_rows; row += threads)
+        for (int64_t row = plan->apart ? 0 : thread; row < (plan->apart ? 1 : plan->padded_rows); row += threads)
             prepare_groups(plan, block->first, row);
     else
 #endif
@@ -251,10 +260,7 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
         plan->step = even_part(plan->piece, VECTOR_STEP_BLOCK);
     else
         plan->step = plan->piece;
-    if (plan->grouped) {
-        plan->row_scales = (float *)((int8_t *)plan->x + plan->padded_rows * plan->depth);
-        plan->row_sums = (int32_t *)(plan->row_scales + plan->depth / ROTATED * plan->padded_rows);
-    }
+    place_scales(plan);
     if (plan->step < plan->depth || plan->grouped) {
         int64_t panels = plan->piece < plan->depth ? block.chunk : 1;
         block.kept_size = panels * plan->padded_rows * plan->blocks * LANES;
@@ -365,8 +371,6 @@ static int product(const struct product *p) {
     plan.x = p->x_tiles || plan.direct ? (factor *)p->x : quartet_scratch(0, numbers * (int64_t)sizeof(factor));
     if (!plan.x)
         return -1;
-    if (plan.integers)
-        plan.rows = integer_rows_at(plan.x, round_up(most, pad), plan.depth);
     if (plan_adapters(&plan, &plain, round_up(most, pad)))
         return -1;
     for (int64_t first = 0; first < p->rows; first += block) {
