@@ -19,6 +19,7 @@ import torch
 
 from quartet.kernels.cpu.native import build
 from quartet.kernels.cpu.native.page_table import PageTable
+from quartet.kernels.cpu.native.pages import in_huge_pages
 from quartet.kernels.cpu.native.structures import Additions, Attention, Norm, Product, Quantized, Rotation, Rows
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class Library:
         check_matrix(weight)
         n, k = weight.shape
         depth = padded(k, BLOCK_DEPTH)
-        out = weight.new_empty(padded(n, BLOCK_COLUMNS) // BLOCK_COLUMNS, depth // 2, BLOCK_COLUMNS, 2)
+        blocks = padded(n, BLOCK_COLUMNS) // BLOCK_COLUMNS
+        out = in_huge_pages(weight.new_empty(blocks, depth // 2, BLOCK_COLUMNS, 2))
         step = max(1, PACKED_AT_ONCE // (2 * depth * BLOCK_COLUMNS)) * BLOCK_COLUMNS
         for first in range(0, n, step):
             part, to = weight[first : first + step], out[first // BLOCK_COLUMNS]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from quartet.kernels.cpu.native import library as native
+from quartet.kernels.cpu.native.pages import in_huge_pages
 from quartet.kernels.cpu.native.structures import Quantized
 
 UNIT = 32  # numbers of a row that lie together in a block
@@ -124,7 +125,8 @@ class QuantizedWeight:
     def allocate(self) -> None:
         """Take memory, with undefined contents."""
         numbers, scales = self.scheme.shapes(self.rows, self.columns)
-        self._keep(torch.empty(numbers, dtype=torch.uint8), torch.empty(scales, dtype=torch.float16))
+        empty = torch.empty(numbers, dtype=torch.uint8), torch.empty(scales, dtype=torch.float16)
+        self._keep(in_huge_pages(empty[0]), in_huge_pages(empty[1]))
 
     def _keep(self, numbers: torch.Tensor, scales: torch.Tensor, source: RowSource | None = None) -> None:
         self.numbers, self.scales, self.source = numbers, scales, source
