@@ -115,13 +115,15 @@ INLINE void compute_group(const struct plan *plan, int64_t first, int64_t rows, 
                           struct group_place next, float *kept) {
     int64_t size = group_size(plan, at.from), place = at.from / plan->group * plan->padded_rows;
     int64_t shares = plan->padded_rows >= LEAST_SHARED_ROWS ? GROUP_BLOCKS : 1;
-    struct group_job job = {.size = size, .first = !at.from};
     const uint8_t *ahead[GROUP_BLOCKS];
+    struct group_job job;
+    job.size = size;
+    job.first = !at.from;
     for (int block = 0; block < GROUP_BLOCKS; block++) {
         job.weight[block] = group_numbers(plan, at, block);
         job.scales[block] = vec_load_half(group_scales(plan, at, block));
         job.ahead[block] = ahead[block] = group_numbers(plan, next, block);
-        _mm_prefetch((const char *)group_scales(plan, next, block), _MM_HINT_T0);
+        _mm_prefetch((const char *)group_scales(plan, next, block), ASKED_TO);
     }
     for (int64_t row = 0, tile = 0; row < rows; row += GROUP_ROWS, tile++) {
         int64_t some = rows - row < GROUP_ROWS ? rows - row : GROUP_ROWS;

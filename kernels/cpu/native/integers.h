@@ -13,7 +13,7 @@
 #define MOST_ROTATED_ROWS 4 /* for more it is faster to multiply whole groups */
 #elif defined(__AVX512VNNI__)
 #define MOST_INTEGER_ROWS 512
-#define MOST_ROTATED_ROWS 0
+#define MOST_ROTATED_ROWS 0 /* always in whole groups */
 #else
 #define MOST_INTEGER_ROWS 16
 #endif

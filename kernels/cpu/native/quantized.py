@@ -125,8 +125,9 @@ class QuantizedWeight:
     def allocate(self) -> None:
         """Take memory, with undefined contents."""
         numbers, scales = self.scheme.shapes(self.rows, self.columns)
-        empty = torch.empty(numbers, dtype=torch.uint8), torch.empty(scales, dtype=torch.float16)
-        self._keep(in_huge_pages(empty[0]), in_huge_pages(empty[1]))
+        memory = in_huge_pages(torch.empty(self.scheme.nbytes(self.rows, self.columns), dtype=torch.uint8))
+        size = torch.Size(numbers).numel()
+        self._keep(memory[:size].view(numbers), memory[size:].view(torch.float16).view(scales))
 
     def _keep(self, numbers: torch.Tensor, scales: torch.Tensor, source: RowSource | None = None) -> None:
         self.numbers, self.scales, self.source = numbers, scales, source
