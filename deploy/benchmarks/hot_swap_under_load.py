@@ -1,6 +1,7 @@
 """Weights that change under load: streams run while checkpoints are swapped in from disk, again and again.
 
-    python -m deploy.benchmarks.hot_swap_under_load [--streams 32] [--updates 20] [--layers 24] [--dtype bfloat16]
+    python -m deploy.benchmarks.hot_swap_under_load [--streams 32] [--updates 20] [--layers 24] [--dtype bfloat16] \\
+        [--quantization int8|int4]
 
 The models have the shape of a 0.5B one, and every version forces one token: whatever weights made a token, the token
 says so. Printed are what was lost, aborted, shortened or mislabelled (nothing, or the run fails), how long updates
@@ -206,11 +207,14 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", help="have the server quantize the weights, at each update too")
     parser.add_argument("--strict", action="store_true", help="fail when a gap is larger than allowed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         directories = [build_version(Path(place) / f"v{v}", v, args.layers, args.dtype) for v in range(VERSIONS)]
         flags = ("--incremental-streaming-output", "--skip-tokenizer-init", "--weight-version", "0")
+        if args.quantization:
+            flags += ("--quantization", args.quantization)
         server = Server(directories[0], args.dtype, Path(place) / "log", *flags)
         try:
             run = Run(server.port, args.new_tokens)
