@@ -90,7 +90,7 @@ def chosen_scheme(choice: str, slab: Slab, layout: Layout) -> Scheme:
     """The scheme of a slab by --quantization int8 or int4.
 
     With int8, the weights of feed-forward blocks, embeddings and the head are rotated: they are most of a model, and
-    with AMX many rows are multiplied with them as integers. Those of attention would lose more by it.
+    with AMX or VNNI many rows are multiplied with them as integers. Those of attention would lose more by it.
     """
     buffer, _ = slab
     plain, rotated = CHOICES[choice], None

@@ -14,8 +14,9 @@
  * a fifth of a product.
  *
  * A quantized weight (quantized.h) is expanded panel by panel to the same form, in memory that stays in the second cache;
- * from there on all is alike. Unless `exact` forbids it, few rows are multiplied as integers (integers.h), and where the
- * weight is rotated more rows too, in whole groups, by AMX (integer_tiles.h) or VNNI (integer_groups.h).
+ * from there on all is alike. Unless `exact` forbids it, few rows are multiplied as integers (integers.h). Where the weight
+ * is rotated more rows are too, in whole groups: by AMX (integer_tiles.h), or by VNNI (integer_groups.h), which takes few
+ * rows so as well.
  */
 #pragma once
 
@@ -227,6 +228,31 @@ static void compute_block(void *argument, int thread, int threads) {
 #endif
 }
 
+INLINE int is_rotated(const struct product *p) { return p->quantized.numbers && p->quantized.rotated; }
+
+INLINE int as_integers(const struct product *p) {
+    int64_t most = is_rotated(p) ? MOST_ROTATED_ROWS : MOST_INTEGER_ROWS;
+    return p->quantized.numbers && !p->quantized.exact && p->rows <= most;
+}
+
+INLINE int in_groups(const struct product *p) {
+#if GROUP_ROWS
+    return is_rotated(p) && !p->quantized.exact && !as_integers(p);
+#else
+    (void)p;
+    return 0;
+#endif
+}
+
+INLINE int on_tiles(const struct product *p) {
+#if defined(__AMX_BF16__)
+    return p->rows > FEW_ROWS && !as_integers(p);
+#else
+    (void)p;
+    return 0;
+#endif
+}
+
 /* A part of k, at most `most` (a multiple of TILE_DEPTH), of which all are alike but for the last, which may be less. */
 INLINE int64_t even_part(int64_t depth, int64_t most) {
     int64_t parts = (depth + most - 1) / most;
@@ -235,7 +261,8 @@ INLINE int64_t even_part(int64_t depth, int64_t most) {
 
 static int run_block(struct plan *plan, int64_t first, int64_t rows) {
     struct block block = {.plan = plan, .first = first, .rows = rows, .chunk = 1};
-    int threads = plan->p->threads, tiles = plan->tiled || plan->grouped;
+    int threads = plan->p->threads, many_in_groups = plan->grouped && (on_tiles(plan->p) || rows > plan->grid_rows);
+    int tiles = plan->tiled || many_in_groups;
     int expands = plan->p->quantized.numbers && !plan->integers && !plan->grouped, many = rows > MANY_ROWS, deep;
     plan->piece = plan->step = plan->depth;
     deep = plan->depth > DEPTH_BLOCK && (expands || (many && !plan->integers));
@@ -278,31 +305,6 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
         return -1;
     quartet_run(compute_block, &block, threads);
     return 0;
-}
-
-INLINE int is_rotated(const struct product *p) { return p->quantized.numbers && p->quantized.rotated; }
-
-INLINE int as_integers(const struct product *p) {
-    int64_t most = is_rotated(p) ? MOST_ROTATED_ROWS : MOST_INTEGER_ROWS;
-    return p->quantized.numbers && !p->quantized.exact && p->rows <= most;
-}
-
-INLINE int in_groups(const struct product *p) {
-#if GROUP_ROWS
-    return is_rotated(p) && !p->quantized.exact && !as_integers(p);
-#else
-    (void)p;
-    return 0;
-#endif
-}
-
-INLINE int on_tiles(const struct product *p) {
-#if defined(__AMX_BF16__)
-    return p->rows > FEW_ROWS && !as_integers(p);
-#else
-    (void)p;
-    return 0;
-#endif
 }
 
 /* Have the plan add what adapters have, for blocks of at most so many rows; `plain` is memory for another plan. */
