@@ -365,6 +365,7 @@ class WeightScheme(msgspec.Struct, frozen=True, array_like=True):
     offsets: bool
     zero_point: int
     rotated: int = 0
+    row_bits: int = 8
 
 
 class ResolvedConfig(ServerConfig, frozen=True, kw_only=True):

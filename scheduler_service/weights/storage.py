@@ -1,7 +1,7 @@
 """Which weights are quantized, and how a stored tensor becomes such a weight.
 
 `--quantization int8` and `int4` quantize every product's weight when it is read; embeddings and head get 8 and 6 bits,
-and with int8 all weights but those of attention are rotated before. With `auto` the blocks of a GGUF file and the
+and with int8 weights of feed-forward blocks are rotated before. With `auto` the blocks of a GGUF file and the
 numbers of GPTQ, AWQ and compressed-tensors stay as they are. Where tensors of one slab have different formats, the slab
 gets the smallest scheme that holds the values of all (`Scheme.joined`).
 """
@@ -19,7 +19,7 @@ from quartet.kernels.cpu.native.quantized import (
     FINE_ROTATED_INT8,
     INT4,
     INT6,
-    INT8,
+    LONG_ROWS_INT8,
     ROTATED_COLUMNS,
     ROTATED_INT8,
     QuantizedRows,
@@ -51,9 +51,9 @@ PRODUCTS = (
     *("layer_gate", "layer_projection", "layer_context"),
     *("beside_left", "beside_right", "stream_in", "stream_out"),
 )
-CHOICES = {"int8": INT8, "int4": INT4}
+CHOICES = {"int8": LONG_ROWS_INT8, "int4": INT4}
 FEED_FORWARD = ("gate_up", "down", "expert_gate_up", "expert_down", "shared_gate_up", "shared_down")
-BOTH_SIDES_OF = {"int8": INT8, "int4": INT6}  # embeddings and head are a third of a small model
+BOTH_SIDES_OF = {"int8": LONG_ROWS_INT8, "int4": INT6}  # embeddings and head are a third of a small model
 
 
 def schemes_of(
@@ -89,17 +89,18 @@ def schemes_of(
 def chosen_scheme(choice: str, slab: Slab, layout: Layout) -> Scheme:
     """The scheme of a slab by --quantization int8 or int4.
 
-    With int8, the weights of feed-forward blocks, embeddings and the head are rotated: they are most of a model, and
-    with AMX or VNNI many rows are multiplied with them as integers. Those of attention would lose more by it.
+    With int8, the weights of feed-forward blocks are rotated: they are most of a model, and with AMX or VNNI many rows
+    are multiplied with them as integers of 8 bits; with AMX more numbers share a scale, since scaling takes it as long
+    as multiplying. Attention and the head would lose more by it: their rows keep 16 bits.
     """
     buffer, _ = slab
-    plain, rotated = CHOICES[choice], None
     if buffer in BOTH_SIDES:
-        plain, rotated = BOTH_SIDES_OF[choice], FINE_ROTATED_INT8
-    elif kind_of(buffer) in FEED_FORWARD:
-        rotated = ROTATED_INT8
+        return BOTH_SIDES_OF[choice]
     can_rotate = choice == "int8" and layout.buffers[buffer][-1] % ROTATED_COLUMNS == 0
-    return rotated if rotated is not None and can_rotate else plain
+    if not can_rotate or kind_of(buffer) not in FEED_FORWARD:
+        return CHOICES[choice]
+    kernels = native.library()
+    return ROTATED_INT8 if kernels is not None and kernels.instruction_set == "amx" else FINE_ROTATED_INT8
 
 
 def can_quantize(dtype: torch.dtype, device: torch.device) -> bool:
@@ -114,7 +115,10 @@ def recorded(schemes: Schemes) -> list[WeightScheme]:
 
 def schemes_in(schemes: list[WeightScheme]) -> Schemes:
     """The schemes of a record: the reverse of `recorded`."""
-    return {(f.buffer, f.index): Scheme(f.bits, f.group_size, f.offsets, f.zero_point, f.rotated) for f in schemes}
+    return {
+        (f.buffer, f.index): Scheme(f.bits, f.group_size, f.offsets, f.zero_point, f.rotated, f.row_bits)
+        for f in schemes
+    }
 
 
 def slabs_of(layout: Layout) -> dict[Slab, list[str]]:

@@ -27,6 +27,7 @@ struct quantized {
     int32_t halves, offsets, zero;
     int32_t rotated; /* not 0: rows are rotated (hadamard.h), so many numbers have the same scale; 8 bits, no offsets or
                         halves, k a multiple of ROTATED */
+    int32_t row_bits; /* of the integers that rows become: 8; or 16, with 8 bits, `zero` SIGN, no offsets or halves */
     int32_t exact; /* compute with bfloat16 activations always: a row's bits do not depend on the other rows */
 };
 

@@ -77,7 +77,7 @@ INLINE void run_job(int steps, int halves, int gated, const struct job_tiles *jo
     int slots = 2 * steps;
     _tile_zero(0);
     _tile_zero(1);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int step = 0; step < steps; step++) {
         ask(&job->asked, step);
         _tile_loadd(6, first + step * TILE_BYTES, STEP);
@@ -93,7 +93,7 @@ INLINE void run_job(int steps, int halves, int gated, const struct job_tiles *jo
         _tile_stored(3, job->sums + 3 * TILE_SUMS, STEP);
         _tile_zero(2);
         _tile_zero(3);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int done = 0; done < steps; done++) { /* backwards: the weight's last tiles are there */
             int step = steps - 1 - done;
             if (done)
@@ -118,13 +118,7 @@ OUTLINE void run_any_job(int64_t steps, int halves, const struct job_tiles *job)
     case 11: run_job(2, 2, 1, job); return;
     case 16: run_job(4, 1, 0, job); return;
     case 18: run_job(4, 2, 0, job); return;
-    case 19: run_job(4, 2, 1, job); return;
-    case 24: run_job(6, 1, 0, job); return;
-    case 26: run_job(6, 2, 0, job); return;
-    case 27: run_job(6, 2, 1, job); return;
-    case 32: run_job(8, 1, 0, job); return;
-    case 34: run_job(8, 2, 0, job); return;
-    default: run_job(8, 2, 1, job); return;
+    default: run_job(4, 2, 1, job); return;
     }
 }
 

@@ -3,6 +3,9 @@
  * Each 32 numbers of a row share a scale, as in the Q8_0 of ggml. So the sums do not depend on the instruction set:
  * VPDPBUSD adds four products to each of 16 sums; without it VPMADDUBSW and VPMADDWD do the same, where a sum of two
  * products fits 16 bits, and VPMADDWD alone for numbers of 8 bits.
+ *
+ * Where a weight says so (`row_bits`), rows become int16: as exact as bfloat16, in twice as many multiplications by VPDPWSSD
+ * or VPMADDWD. Of four neighbours the even ones come first, since that is how bytes of the weight become 16 bits.
  */
 #pragma once
 
@@ -27,7 +30,9 @@
 #else
 #define AHEAD 2048
 #endif
+#define MOST_LONG_ROWS 32 /* of int16: for more it is faster to expand the weight */
 #define LEAST_LARGEST 1e-36f /* 127 over less is not finite: such numbers are taken for zeros */
+#define LEAST_LARGEST_16 1e-33f /* the same of 32767 */
 #if defined(__AVX512F__)
 #define CROSSES_BLOCKS 1
 #else
@@ -62,6 +67,20 @@ INLINE integers add_dots(integers sums, line w, int32_t four, int bits) {
 }
 #endif
 
+/* The same of signed bytes and int16, `pairs`: of four numbers the even ones, and the odd ones. */
+INLINE integers add_long_dots(integers sums, line w, const int32_t *pairs) {
+    __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), odd = _mm512_srai_epi16(w, 8);
+    __m512i x_even = _mm512_set1_epi32(pairs[0]), x_odd = _mm512_set1_epi32(pairs[1]);
+#if defined(__AVX512VNNI__)
+    return (integers)_mm512_dpwssd_epi32(_mm512_dpwssd_epi32((__m512i)sums, even, x_even), odd, x_odd);
+#else
+    __m512i dots = _mm512_add_epi32(_mm512_madd_epi16(even, x_even), _mm512_madd_epi16(odd, x_odd));
+    return (integers)_mm512_add_epi32((__m512i)sums, dots);
+#endif
+}
+
+INLINE line signed_line(const uint8_t *unit, int number) { return _mm512_loadu_si512(unit + number * 64); }
+
 #else
 
 typedef line integers;
@@ -83,24 +102,50 @@ INLINE integers add_dots(integers sums, line w, int32_t four, int bits) {
                       _mm256_add_epi32(sums.high, dots_of(w.high, x, bits))};
 }
 
+INLINE __m256i long_dots_of(__m256i w, const int32_t *pairs) {
+    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), odd = _mm256_srai_epi16(w, 8);
+    return _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_set1_epi32(pairs[0])),
+                            _mm256_madd_epi16(odd, _mm256_set1_epi32(pairs[1])));
+}
+
+INLINE integers add_long_dots(integers sums, line w, const int32_t *pairs) {
+    return (integers){_mm256_add_epi32(sums.low, long_dots_of(w.low, pairs)),
+                      _mm256_add_epi32(sums.high, long_dots_of(w.high, pairs))};
+}
+
+INLINE line signed_line(const uint8_t *unit, int number) {
+    const __m256i *from = (const __m256i *)(unit + number * 64);
+    return (line){_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+}
+
 #endif
 
 /* ---- rows ---- */
 
-/* Rows as int8: (rows, depth), and for each row and unit a scale and the sums of both halves. 1.4 bytes a number. */
+/* Rows as int8: (rows, depth), and for each row and unit a scale and the sums of both halves: 1.4 bytes a number. Or as int16
+ * without sums: 2.1 bytes a number. */
 struct integer_rows {
-    int8_t *numbers;
+    void *numbers;
     float *scales;
-    int32_t *sums; /* (rows, units, 2) */
+    int32_t *sums; /* (rows, units, 2), of int8 */
     int64_t depth, units;
+    int bits;
 };
 
-INLINE struct integer_rows integer_rows_at(void *memory, int64_t rows, int64_t depth) {
-    struct integer_rows x = {.depth = depth, .units = depth / TILE_DEPTH};
+INLINE struct integer_rows integer_rows_at(void *memory, int64_t rows, int64_t depth, int bits) {
+    struct integer_rows x = {.depth = depth, .units = depth / TILE_DEPTH, .bits = bits};
     x.numbers = memory;
-    x.scales = (float *)(x.numbers + rows * depth);
+    x.scales = (float *)((int8_t *)memory + rows * depth * (bits / 8));
     x.sums = (int32_t *)(x.scales + rows * x.units);
     return x;
+}
+
+INLINE int8_t *bytes_at(const struct integer_rows *x, int64_t row, int64_t number) {
+    return (int8_t *)x->numbers + row * x->depth + number;
+}
+
+INLINE int16_t *words_at(const struct integer_rows *x, int64_t row, int64_t number) {
+    return (int16_t *)x->numbers + row * x->depth + number;
 }
 
 /* 16 numbers times `inverse`, rounded; returns their sum. */
@@ -122,27 +167,49 @@ INLINE int32_t store_rounded(vec numbers, float inverse, int8_t *out) {
 #endif
 }
 
+/* The same as int16, of four numbers the even ones first. */
+INLINE void store_rounded_long(vec numbers, float inverse, int16_t *out) {
+#ifdef __AVX512F__
+    __m256i rounded = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(vec_mul(numbers, vec_set(inverse))));
+    rounded = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(rounded, 0xD8), 0xD8);
+    _mm256_storeu_si256((__m256i *)out, rounded);
+#else
+    float some[LANES];
+    vec_store(some, vec_round(vec_mul(numbers, vec_set(inverse))));
+    for (int i = 0; i < LANES; i += 4)
+        for (int j = 0; j < 4; j++)
+            out[i + j] = (int16_t)some[i + j / 2 + j % 2 * 2];
+#endif
+}
+
 /* Unit `unit` of row `row` from two times 16 numbers. */
 INLINE void store_integers(const struct integer_rows *x, int64_t row, int64_t unit, vec first, vec second) {
     vec zero = vec_set(0.0f);
     vec most = vec_max(vec_max(first, vec_sub(zero, first)), vec_max(second, vec_sub(zero, second)));
     float largest = vec_largest(most), check = vec_sum(vec_mul(vec_add(first, second), zero));
-    float scale = largest / 127.0f, inverse = largest > LEAST_LARGEST ? 127.0f / largest : 0.0f;
+    float number = x->bits == 8 ? 127.0f : 32767.0f, least = x->bits == 8 ? LEAST_LARGEST : LEAST_LARGEST_16;
+    float scale = largest / number, inverse = largest > least ? number / largest : 0.0f;
     if (check != 0 || !(largest <= 3.4e38f)) { /* no number, or too large: then the sums are no numbers */
         scale = NAN;
         first = second = zero;
         inverse = 0.0f;
     }
-    int8_t *out = x->numbers + row * x->depth + unit * TILE_DEPTH;
     x->scales[row * x->units + unit] = scale;
+    if (x->bits == 16) {
+        int16_t *out = words_at(x, row, unit * TILE_DEPTH);
+        store_rounded_long(first, inverse, out);
+        store_rounded_long(second, inverse, out + LANES);
+        return;
+    }
+    int8_t *out = bytes_at(x, row, unit * TILE_DEPTH);
     x->sums[(row * x->units + unit) * 2] = store_rounded(first, inverse, out);
     x->sums[(row * x->units + unit) * 2 + 1] = store_rounded(second, inverse, out + LANES);
 }
 
-/* sums (rows, blocks * 16) = x @ blocks; `bits`, `rows` and `blocks` are constants of the caller, and where it
+/* sums (rows, blocks * 16) = x @ blocks; `bits`, `row_bits`, `rows` and `blocks` are constants of the caller, and where it
  * knows them `halves` and `offsets`. Numbers are asked for
  * AHEAD bytes before they are needed, behind the end of a block those of the block `after` it. */
-INLINE void multiply_units(const struct quantized *w, int bits, int halves, int offsets, int rows, int blocks,
+INLINE void multiply_units(const struct quantized *w, int bits, int row_bits, int halves, int offsets, int rows, int blocks,
                            const struct integer_rows *x, int64_t row, const int64_t *columns, const int64_t *after,
                            float *sums, int64_t stride) {
     vec sum[4][4];
@@ -171,9 +238,11 @@ INLINE void multiply_units(const struct quantized *w, int bits, int halves, int 
             integers dot[4][4];
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
-                const int32_t *own = x->sums + ((row + r) * x->units + unit) * 2;
-                int32_t total = halves == 2 ? own[half] : own[0] + own[1];
-                integers begin = integers_set(-w->zero * total);
+                integers begin = integers_set(0);
+                if (row_bits == 8) {
+                    const int32_t *own = x->sums + ((row + r) * x->units + unit) * 2;
+                    begin = integers_set(-w->zero * (halves == 2 ? own[half] : own[0] + own[1]));
+                }
 #pragma GCC unroll 4
                 for (int block = 0; block < blocks; block++)
                     dot[r][block] = begin;
@@ -184,15 +253,23 @@ INLINE void multiply_units(const struct quantized *w, int bits, int halves, int 
                 for (int next = 0; next < 2; next++) {
 #pragma GCC unroll 4
                     for (int block = 0; block < blocks; block++) {
-                        line w_line = number_line(numbers[block], bits, number + next);
+                        int line_number = number + next;
+                        line w_line = row_bits == 8 ? number_line(numbers[block], bits, line_number)
+                                                    : signed_line(numbers[block], line_number);
                         const uint8_t *ahead = CROSSES_BLOCKS ? soon[block] : numbers[block] + AHEAD;
                         if (next == 0 || bits > 4) /* two lines of 4 bits share a cache line */
-                            _mm_prefetch((const char *)ahead + (number + next) * 8 * bits, ASKED_TO);
+                            _mm_prefetch((const char *)ahead + line_number * 8 * bits, ASKED_TO);
 #pragma GCC unroll 4
                         for (int r = 0; r < rows; r++) {
-                            int32_t four;
-                            memcpy(&four, x->numbers + (row + r) * x->depth + unit * TILE_DEPTH + (number + next) * 4, 4);
-                            dot[r][block] = add_dots(dot[r][block], w_line, four, bits);
+                            int64_t place = unit * TILE_DEPTH + line_number * 4;
+                            int32_t four[2];
+                            if (row_bits == 8) {
+                                memcpy(four, bytes_at(x, row + r, place), 4);
+                                dot[r][block] = add_dots(dot[r][block], w_line, four[0], bits);
+                            } else {
+                                memcpy(four, words_at(x, row + r, place), 8);
+                                dot[r][block] = add_long_dots(dot[r][block], w_line, four);
+                            }
                         }
                     }
                 }
@@ -230,12 +307,14 @@ INLINE void multiply_units(const struct quantized *w, int bits, int halves, int 
 
 INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int blocks, const struct integer_rows *x,
                               int64_t row, const int64_t *columns, const int64_t *after, float *sums, int64_t stride) {
-    if (w->halves == 1 && !w->offsets)
-        multiply_units(w, bits, 1, 0, rows, blocks, x, row, columns, after, sums, stride);
+    if (bits == 8 && x->bits == 16)
+        multiply_units(w, bits, 16, 1, 0, rows, blocks, x, row, columns, after, sums, stride);
+    else if (w->halves == 1 && !w->offsets)
+        multiply_units(w, bits, 8, 1, 0, rows, blocks, x, row, columns, after, sums, stride);
     else if (w->halves == 1 && bits == 4)
-        multiply_units(w, bits, 1, 1, rows, blocks, x, row, columns, after, sums, stride);
+        multiply_units(w, bits, 8, 1, 1, rows, blocks, x, row, columns, after, sums, stride);
     else
-        multiply_units(w, bits, w->halves, w->offsets, rows, blocks, x, row, columns, after, sums, stride);
+        multiply_units(w, bits, 8, w->halves, w->offsets, rows, blocks, x, row, columns, after, sums, stride);
 }
 
 /* Up to four rows through a panel of four blocks. AVX2 has registers for half as many sums. */

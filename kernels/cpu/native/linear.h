@@ -157,7 +157,7 @@ struct block {
 /* What goes with rows as integers lies behind them. */
 INLINE void place_scales(struct plan *plan) {
     if (plan->integers)
-        plan->rows = integer_rows_at(plan->x, plan->padded_rows, plan->depth);
+        plan->rows = integer_rows_at(plan->x, plan->padded_rows, plan->depth, plan->p->quantized.row_bits);
     if (!plan->grouped)
         return;
     plan->row_scales = (float *)((int8_t *)plan->x + plan->padded_rows * plan->depth);
@@ -167,7 +167,7 @@ INLINE void place_scales(struct plan *plan) {
 /* A plan with a place of its own for the rows. */
 INLINE struct plan own_plan(const struct plan *plan, int thread) {
     struct plan own = *plan;
-    own.x = plan->x + thread * plan->padded_rows * plan->depth;
+    own.x = plan->x + thread * plan->padded_rows * plan->room;
     place_scales(&own);
     return own;
 }
@@ -232,6 +232,8 @@ INLINE int is_rotated(const struct product *p) { return p->quantized.numbers && 
 
 INLINE int as_integers(const struct product *p) {
     int64_t most = is_rotated(p) ? MOST_ROTATED_ROWS : MOST_INTEGER_ROWS;
+    if (p->quantized.row_bits == 16 && most > MOST_LONG_ROWS)
+        most = MOST_LONG_ROWS;
     return p->quantized.numbers && !p->quantized.exact && p->rows <= most;
 }
 
@@ -357,6 +359,9 @@ static int product(const struct product *p) {
         plan.blocks = 2; /* one of the gate and one of what it is multiplied with */
     }
     plan.depth = round_up(p->k, TILE_DEPTH);
+    plan.room = plan.depth;
+    if (plan.integers && p->quantized.row_bits == 16)
+        plan.room += round_up(plan.depth / TILE_DEPTH * (int64_t)sizeof(float), CACHE_LINE) / 2;
     plan.group = plan.rotated ? rotated_group(plan.depth, p->quantized.rotated) : plan.depth;
     plan.columns = (gated ? p->n / 2 : p->n) / LANES + ((gated ? p->n / 2 : p->n) % LANES != 0);
     int width = gated ? plan.blocks / 2 : plan.blocks;
@@ -369,7 +374,7 @@ static int product(const struct product *p) {
     plan.direct = takes_rows(&plan);
     plan.stride = plan.direct ? p->x_stride : plan.depth;
     plan.apart = p->rows == 1 && p->threads <= MOST_APART && !plan.direct && !p->x_tiles && !p->additions;
-    int64_t copies = plan.apart ? p->threads : 1, numbers = copies * round_up(most, pad) * plan.depth;
+    int64_t copies = plan.apart ? p->threads : 1, numbers = copies * round_up(most, pad) * plan.room;
     plan.x = p->x_tiles || plan.direct ? (factor *)p->x : quartet_scratch(0, numbers * (int64_t)sizeof(factor));
     if (!plan.x)
         return -1;

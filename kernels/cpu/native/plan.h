@@ -22,6 +22,7 @@ struct plan {
     int grid_rows;        /* rows of a tile of sums */
     int blocks;           /* blocks of 16 columns of a tile of sums */
     int64_t depth;        /* k, padded */
+    int64_t room;         /* numbers of `x` that a row takes, its scales included where it is int16 */
     int64_t columns;      /* blocks of 16 columns in a row of the result (before the gate: in one half) */
     int64_t panels;       /* tiles of sums side by side */
     int64_t padded_rows;  /* of a block of rows */

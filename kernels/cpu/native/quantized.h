@@ -15,7 +15,7 @@
 #define LINE_NUMBERS 64
 #define SIGN 128 /* as a byte: its highest bit */
 #define ROTATED 128    /* numbers of a row that are rotated together (hadamard.h): k of a rotated weight is a multiple */
-#define MOST_GROUP 512 /* numbers of a rotated row that share a scale */
+#define MOST_GROUP 256 /* numbers of a rotated row that share a scale */
 
 INLINE int64_t quantized_units(int64_t depth) { return depth / TILE_DEPTH; }
 

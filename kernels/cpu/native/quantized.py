@@ -6,7 +6,7 @@ A value is scale * (number - zero point), or scale * number + offset, with integ
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from quartet.kernels.cpu.native.structures import Quantized
 UNIT = 32  # numbers of a row that lie together in a block
 BITS = (4, 5, 6, 8)
 GROUP_SIZES = (16, 32)
-ROTATED_GROUPS = (256, 512)
+ROTATED_GROUPS = (128, 256)
 ROTATED_COLUMNS = 128  # are rotated together: a rotated weight has a multiple of them
 RowSource = Callable[[torch.Tensor], torch.Tensor]  # numbers of rows (count,) → (count, columns) bfloat16
 AT_ONCE = 4 << 20  # numbers that are quantized or put into blocks between two yield points
@@ -33,6 +33,7 @@ class Scheme:
     offsets: bool  # whether groups have offsets; else `zero_point` means 0
     zero_point: int = 0
     rotated: int = 0  # rows are rotated, and so many numbers (of ROTATED_GROUPS) have the same scale; 0: they are not
+    row_bits: int = 8  # of the integers that rows become in a product; 16: with schemes that are else INT8
 
     def joined(self, other: "Scheme") -> "Scheme":
         """The smallest scheme that holds the values of both, as they are. It is rotated only if they are equal."""
@@ -40,7 +41,8 @@ class Scheme:
             return self
         same_zero_point = self.zero_point == other.zero_point and not (self.offsets or other.offsets)
         bits, group = max(self.bits, other.bits), min(self.group_size, other.group_size)
-        return Scheme(bits, group, not same_zero_point, self.zero_point if same_zero_point else 0)
+        made = Scheme(bits, group, not same_zero_point, self.zero_point if same_zero_point else 0)
+        return LONG_ROWS_INT8 if made == INT8 and LONG_ROWS_INT8 in (self, other) else made
 
     def nbytes(self, rows: int, columns: int) -> int:
         """What a weight of this shape takes."""
@@ -55,8 +57,9 @@ class Scheme:
 
 
 INT8 = Scheme(8, UNIT, offsets=False, zero_point=128)
-ROTATED_INT8 = Scheme(8, UNIT, offsets=False, zero_point=128, rotated=512)
-FINE_ROTATED_INT8 = Scheme(8, UNIT, offsets=False, zero_point=128, rotated=256)
+LONG_ROWS_INT8 = replace(INT8, row_bits=16)
+ROTATED_INT8 = replace(INT8, rotated=256)
+FINE_ROTATED_INT8 = replace(INT8, rotated=128)
 INT4 = Scheme(4, UNIT, offsets=True)
 INT6 = Scheme(6, UNIT, offsets=False, zero_point=32)
 
@@ -119,6 +122,7 @@ class QuantizedWeight:
     """A weight (rows, columns) in the blocks that products read. Its rows are undefined until they are written."""
 
     def __init__(self, rows: int, columns: int, scheme: Scheme) -> None:
+        assert scheme.row_bits == 8 or scheme == LONG_ROWS_INT8, scheme
         self.rows, self.columns, self.scheme = rows, columns, scheme
         self.allocate()
 
@@ -170,7 +174,7 @@ class QuantizedWeight:
         scheme = self.scheme
         pointers = self.numbers.data_ptr(), self.scales.data_ptr()
         made = Quantized(*pointers, scheme.bits, UNIT // scheme.group_size, scheme.offsets, scheme.zero_point)
-        made.rotated, made.exact = scheme.rotated, exact
+        made.rotated, made.row_bits, made.exact = scheme.rotated, scheme.row_bits, exact
         made.owner = self.numbers, self.scales
         self._arguments[exact] = made
         return made

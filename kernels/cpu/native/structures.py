@@ -16,6 +16,7 @@ class Quantized(ctypes.Structure):
         ("offsets", ctypes.c_int32),
         ("zero", ctypes.c_int32),
         ("rotated", ctypes.c_int32),
+        ("row_bits", ctypes.c_int32),
         ("exact", ctypes.c_int32),
     )
 

@@ -7,11 +7,13 @@ import torch
 
 from quartet.kernels.cpu.linear import no_pause
 from quartet.kernels.cpu.native import build
+from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native.quantized import (
     FINE_ROTATED_INT8,
     INT4,
     INT6,
     INT8,
+    LONG_ROWS_INT8,
     ROTATED_INT8,
     QuantizedRows,
     Scheme,
@@ -62,7 +64,7 @@ def weights_of(directory: Path, **settings):
 
 def test_int8_and_int4_keep_every_product_and_leave_norms_and_biases(tmp_path):
     directory = checkpoints.random_model(tmp_path, 0)
-    for choice, scheme, both_sides in (("int8", INT8, INT8), ("int4", INT4, INT6)):
+    for choice, scheme, both_sides in (("int8", LONG_ROWS_INT8, LONG_ROWS_INT8), ("int4", INT4, INT6)):
         weights = weights_of(directory, quantization=choice)
         kept = {slab[0]: scheme for slab, scheme in weights.schemes.items()}
         assert kept == {
@@ -76,13 +78,14 @@ def test_int8_and_int4_keep_every_product_and_leave_norms_and_biases(tmp_path):
         assert weights.buffers["qkv"].is_meta and not weights.buffers["norm"].is_meta
 
 
-def test_int8_rotates_weights_that_have_whole_blocks_but_for_those_of_attention(tmp_path):
+def test_int8_rotates_weights_of_feed_forward_blocks_that_have_whole_blocks(tmp_path):
     directory = checkpoints.random_model(tmp_path, 0, hidden_size=128, intermediate_size=384)
     weights, plain = weights_of(directory, quantization="int8"), weights_of(directory)
     kept = {slab[0]: scheme for slab, scheme in weights.schemes.items()}
-    assert kept["gate_up"] == kept["down"] == ROTATED_INT8
-    assert kept["embed"] == kept["lm_head"] == FINE_ROTATED_INT8
-    assert kept["qkv"] == kept["output"] == INT8
+    kernels = native.library()
+    assert kernels is not None
+    assert kept["gate_up"] == kept["down"] == (ROTATED_INT8 if kernels.instruction_set == "amx" else FINE_ROTATED_INT8)
+    assert {kept[name] for name in ("embed", "lm_head", "qkv", "output")} == {LONG_ROWS_INT8}
     assert schemes_in(recorded(weights.schemes)) == weights.schemes
     for name, place in weights.layout.places.items():
         if place.buffer in ("gate_up", "down", "embed", "lm_head"):
@@ -124,6 +127,17 @@ def test_numbers_of_a_gguf_file_stay_as_they_are(tmp_path):
     assert not expanded.schemes
     for name in kept.names():
         assert torch.equal(kept.view(name), expanded.view(name)), name
+
+
+def test_int8_keeps_the_numbers_of_a_q8_0_file_where_they_are_not_rotated(tmp_path):
+    original = checkpoints.random_model(tmp_path / "original", 0, hidden_size=128, intermediate_size=384)
+    file = gguf_files.convert(original, tmp_path / "model.gguf", Q8_0)
+    directory = gguf_directory.described(file, tmp_path, tokenizer=False)
+    kept, as_stored = weights_of(directory, quantization="int8"), weights_of(directory)
+    for name, place in kept.layout.places.items():
+        if place.buffer in ("embed", "lm_head", "qkv", "output"):
+            assert kept.schemes[place.buffer, place.index] == LONG_ROWS_INT8
+            assert torch.equal(kept.view(name), as_stored.view(name)), name
 
 
 def test_a_slab_whose_tensors_have_several_formats_gets_a_form_for_all():

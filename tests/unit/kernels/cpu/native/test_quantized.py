@@ -11,6 +11,7 @@ from quartet.kernels.cpu.native.quantized import (
     BITS,
     INT4,
     INT8,
+    LONG_ROWS_INT8,
     QuantizedRows,
     QuantizedWeight,
     Scheme,
@@ -24,6 +25,7 @@ SHAPES = [(96, 64), (100, 70), (1, 64), (288, 896)]  # of weights: (rows, column
 ROWS = [1, 2, 3, 4, 7, 9, 17, 33, 65]
 SCHEMES = [Scheme(bits, group, False, 1 << (bits - 1)) for bits in BITS for group in (16, 32)]
 SCHEMES += [Scheme(bits, group, True) for bits in BITS for group in (16, 32)]
+SCHEMES += [LONG_ROWS_INT8]
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
@@ -92,7 +94,8 @@ def test_a_product_of_few_rows_differs_by_no_more_than_the_rounding_of_its_rows(
         x, out = torch.randn(rows, k).bfloat16(), torch.full((rows, n), torch.nan)
         kernels.product(x, packed_weight(n, k, part).argument(exact=False), n, None, out, "float")
         units = F.pad(x.double(), (0, -k % 32)).view(rows, -1, 32)
-        step = units.abs().amax(2, keepdim=True).expand_as(units).reshape(rows, -1)[:, :k] / 127  # of int8
+        largest = units.abs().amax(2, keepdim=True).expand_as(units).reshape(rows, -1)[:, :k]
+        step = largest / (2 ** (scheme.row_bits - 1) - 1)
         bound = (0.5 * step) @ values.abs().T + (x.double().abs() @ values.abs().T) * 2**-8
         assert bool(((out.double() - x.double() @ values.T).abs() <= bound + 1e-5).all()), rows
 
@@ -104,7 +107,7 @@ def test_rows_that_a_weight_does_not_have_are_refused():
             weight.read(torch.tensor(ids))
 
 
-@pytest.mark.parametrize("scheme", [INT8, INT4], ids=["int8", "int4"])
+@pytest.mark.parametrize("scheme", [INT8, INT4, LONG_ROWS_INT8], ids=str)
 def test_rows_have_the_same_bits_by_any_number_of_threads(kernels, scheme):
     n, k = 1600, 200
     weight = packed_weight(n, k, random_numbers(n, k, scheme)).argument(exact=False)
@@ -154,11 +157,12 @@ def test_the_largest_numbers_do_not_overflow_between_two_sums(kernels, scheme, n
     for rows in (1, 2, 4):
         out = torch.empty(rows, n)
         kernels.product(torch.full((rows, k), sign * 127.0).bfloat16(), weight, n, None, out, "float")
-        assert torch.equal(out, torch.full((rows, n), sign * 127.0 * (own - scheme.zero_point) * k)), rows
+        expected = torch.full((rows, n), sign * 127.0 * (own - scheme.zero_point) * k)
+        torch.testing.assert_close(out, expected, rtol=0 if scheme.row_bits == 8 else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
-@pytest.mark.parametrize("scheme", [INT8, INT4], ids=["int8", "int4"])
+@pytest.mark.parametrize("scheme", [INT8, INT4, LONG_ROWS_INT8], ids=str)
 def test_norm_bias_gate_and_residual_are_those_of_a_plain_product(kernels, rows, scheme):
     values = rounded((torch.randn(64, 96) / 8).bfloat16(), scheme)
     packed, weight = (
@@ -176,19 +180,21 @@ def test_norm_bias_gate_and_residual_are_those_of_a_plain_product(kernels, rows,
 
 @pytest.mark.parametrize("rows", [1, 4, 40])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_row_that_is_no_number_stays_so(kernels, rows, value):
-    weight = packed_weight(32, 64, quantize((torch.randn(32, 64) / 8).bfloat16(), INT8))
+@pytest.mark.parametrize("scheme", [INT8, LONG_ROWS_INT8], ids=str)
+def test_a_row_that_is_no_number_stays_so(kernels, rows, value, scheme):
+    weight = packed_weight(32, 64, quantize((torch.randn(32, 64) / 8).bfloat16(), scheme))
     x, out = torch.randn(rows, 64).bfloat16(), torch.zeros(rows, 32)
     x[-1, 5] = value
     kernels.product(x, weight.argument(exact=False), 32, None, out, "float")
     assert not torch.isfinite(out[-1]).any() and torch.isfinite(out[:-1]).all()
 
 
-def test_a_row_of_very_small_numbers_counts_for_nothing_and_breaks_nothing(kernels):
-    """Beside them 127 / largest has no place in float32."""
-    weight = packed_weight(32, 64, quantize((torch.randn(32, 64) / 8).bfloat16(), INT8))
+@pytest.mark.parametrize(("scheme", "size"), [(INT8, 1e-37), (LONG_ROWS_INT8, 1e-37), (LONG_ROWS_INT8, 2e-35)], ids=str)
+def test_a_row_of_very_small_numbers_counts_for_nothing_and_breaks_nothing(kernels, scheme, size):
+    """Beside them 127 / largest, or 32767 / largest, has no place in float32."""
+    weight = packed_weight(32, 64, quantize((torch.randn(32, 64) / 8).bfloat16(), scheme))
     x, out = torch.randn(2, 64).bfloat16(), torch.full((2, 32), torch.nan)
-    x[0] = 1e-37
+    x[0] = size
     kernels.product(x, weight.argument(exact=False), 32, None, out, "float")
     assert out[0].abs().max() < 1e-30 and torch.isfinite(out[1]).all()
 

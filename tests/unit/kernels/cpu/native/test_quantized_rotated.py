@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not build.is_possible(), reason="no compiler, or
 
 ROTATED = 128  # numbers that are rotated together
 SCHEMES = [ROTATED_INT8, FINE_ROTATED_INT8]
-SHAPES = [(96, 128), (100, 896), (33, 640), (40, 4864)]  # groups of 128; 512 + 384 or 3 * 256 + 128; ...
+SHAPES = [(96, 128), (100, 896), (33, 640), (40, 4864)]  # groups of 128; or 3 * 256 + 128; ...
 IN_GROUPS = ["avx512_vnni", "avx512_bf16"]  # multiply rows in whole groups, however few
 ROWS = [1, 2, 3, 7, 8, 9, 16, 17, 31, 33, 64, 65, 130, 700]
 
