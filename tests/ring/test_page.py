@@ -86,7 +86,9 @@ WIDE = f"""## Numbers
 
 @pytest.fixture(scope="module")
 def server(launch_for_module: Callable[..., Server]) -> Server:
-    return launch_for_module("--model-path", "demo", "--dtype", "float32", "--api-key", KEY)
+    flags = ("--model-path", "demo", "--dtype", "float32", "--api-key", KEY)
+    greedy = ("--preferred-sampling-params", '{"temperature": 0}')  # else an answer is now and then another one
+    return launch_for_module(*flags, *greedy)
 
 
 @pytest.fixture(scope="module")

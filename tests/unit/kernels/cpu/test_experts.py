@@ -49,8 +49,8 @@ def mixture(**changes: object) -> Experts:
     return replace(made, **changes)
 
 
-def expected(experts: Experts, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in float64, and the ids."""
+def expected(experts: Experts, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same in float64, the ids, and what the router gives to each expert."""
 
     def normed(x: torch.Tensor, norm: library.NormWeight | None) -> torch.Tensor:
         if norm is None:
@@ -65,7 +65,8 @@ def expected(experts: Experts, residual: torch.Tensor) -> tuple[torch.Tensor, to
 
     x = normed(residual.double(), experts.before)
     asked = x if experts.router_norm is None else normed(residual.double(), experts.router_norm)
-    shares, ids = (times(asked, experts.router) * experts.router_scale).softmax(1).topk(experts.top_k)
+    of_all = (times(asked, experts.router) * experts.router_scale).softmax(1)
+    shares, ids = of_all.topk(experts.top_k)
     if experts.renormalize:
         shares = shares / shares.sum(1, keepdim=True)
     if experts.expert_scale is not None:
@@ -77,7 +78,7 @@ def expected(experts: Experts, residual: torch.Tensor) -> tuple[torch.Tensor, to
         inner = x if experts.shared_before is None else normed(residual.double(), experts.shared_before)
         shared = normed(block(inner, *experts.shared), experts.shared_after)
         y = y + (shared if experts.shared_gate is None else times(x, experts.shared_gate).sigmoid() * shared)
-    return residual.double() + normed(y, experts.after), ids
+    return residual.double() + normed(y, experts.after), ids, of_all
 
 
 def norm_weight() -> library.NormWeight:
@@ -105,10 +106,11 @@ VARIANTS = {
 def test_a_mixture_is_that_of_torch(kernels, variant, rows):
     experts = mixture(**VARIANTS[variant])
     residual = torch.randn(rows, HIDDEN).bfloat16()
-    wanted, wanted_ids = expected(experts, residual)
+    wanted, wanted_ids, shares = expected(experts, residual)
     ids = ExpertsArgument(experts).add(kernels, residual)
+    torch.testing.assert_close(shares.gather(1, ids), shares.gather(1, wanted_ids), rtol=0.03, atol=0)  # of a near tie
     same = (ids == wanted_ids).all(1)
-    assert same.float().mean() >= 0.9  # a near tie may fall otherwise
+    assert same.float().mean() >= 0.9 or rows < 10
     torch.testing.assert_close(residual[same].double(), wanted[same], atol=0.04, rtol=2**-7)
 
 
