@@ -4,8 +4,8 @@
  * VPDPBUSD adds four products to each of 16 sums; without it VPMADDUBSW and VPMADDWD do the same, where a sum of two
  * products fits 16 bits, and VPMADDWD alone for numbers of 8 bits.
  *
- * Where a weight says so (`row_bits`), rows become int16: as exact as bfloat16, in twice as many multiplications by VPDPWSSD
- * or VPMADDWD. Of four neighbours the even ones come first, since that is how bytes of the weight become 16 bits.
+ * Where a weight says so (`row_bits`), rows become int16: VPDPWSSD takes twice as many multiplications as VPDPBUSD, VPMADDWD
+ * as many as before. Of four neighbours the even ones come first, since that is how bytes of the weight become 16 bits.
  */
 #pragma once
 
@@ -30,8 +30,12 @@
 #else
 #define AHEAD 2048
 #endif
-#define MOST_LONG_ROWS 32 /* of int16: for more it is faster to expand the weight */
-#define LEAST_LARGEST 1e-36f /* 127 over less is not finite: such numbers are taken for zeros */
+#if defined(__AVX512BF16__)
+#define MOST_LONG_ROWS 32 /* of int16: for more it is faster to expand the weight for VDPBF16PS */
+#else
+#define MOST_LONG_ROWS MOST_INTEGER_ROWS
+#endif
+#define LEAST_LARGEST 1e-36f    /* less is taken for zeros: 127 over much less is not finite */
 #define LEAST_LARGEST_16 1e-33f /* the same of 32767 */
 #if defined(__AVX512F__)
 #define CROSSES_BLOCKS 1

@@ -16,7 +16,7 @@
 struct plan {
     const struct product *p;
     int tiled;            /* x is packed in AMX tiles */
-    int integers;         /* x is packed as int8 */
+    int integers;         /* x is packed as int8 or int16 */
     int grouped;          /* x is packed as int8 in whole groups, see group_rows.h */
     int rotated;          /* x is rotated */
     int grid_rows;        /* rows of a tile of sums */

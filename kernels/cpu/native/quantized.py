@@ -123,6 +123,7 @@ class QuantizedWeight:
 
     def __init__(self, rows: int, columns: int, scheme: Scheme) -> None:
         assert scheme.row_bits == 8 or scheme == LONG_ROWS_INT8, scheme
+        assert scheme.rotated in (0, *ROTATED_GROUPS), scheme
         self.rows, self.columns, self.scheme = rows, columns, scheme
         self.allocate()
 
