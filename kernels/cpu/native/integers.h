@@ -211,8 +211,8 @@ INLINE void store_integers(const struct integer_rows *x, int64_t row, int64_t un
 }
 
 /* sums (rows, blocks * 16) = x @ blocks; `bits`, `row_bits`, `rows` and `blocks` are constants of the caller, and where it
- * knows them `halves` and `offsets`. Numbers are asked for
- * AHEAD bytes before they are needed, behind the end of a block those of the block `after` it. */
+ * knows them `halves` and `offsets`. Numbers are asked for AHEAD bytes before they are needed, behind the end of a block those
+ * of the block `after` it. */
 INLINE void multiply_units(const struct quantized *w, int bits, int row_bits, int halves, int offsets, int rows, int blocks,
                            const struct integer_rows *x, int64_t row, const int64_t *columns, const int64_t *after,
                            float *sums, int64_t stride) {

@@ -142,14 +142,15 @@ def test_few_rows_have_the_same_bits_on_every_instruction_set(in_groups):
         assert all(torch.equal(out, outs[0]) for out in outs), rows
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("name", IN_GROUPS)
-def test_rows_in_groups_have_the_same_bits_in_any_company(name):
+def test_rows_in_groups_have_the_same_bits_in_any_company(name, scheme):
     try:
         own = Library(library.functions(name), name)
     except LookupError:
         pytest.skip(f"this machine has no {name}")
     n, k = 100, 1280
-    weight = made(n, k)[1].argument(exact=False)
+    weight = made(n, k, scheme)[1].argument(exact=False)
     x = torch.randn(max(ROWS), k).bfloat16()
     whole = torch.empty(len(x), n)
     own.product(x, weight, n, None, whole, "float")
@@ -161,8 +162,9 @@ def test_rows_in_groups_have_the_same_bits_in_any_company(name):
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 40, 150])
 @pytest.mark.parametrize("k", [256, 1280])
-def test_norm_bias_gate_and_residual_are_those_of_a_plain_product(kernels, rows, k):
-    quantized = made(64, k)[1]
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_norm_bias_gate_and_residual_are_those_of_a_plain_product(kernels, rows, k, scheme):
+    quantized = made(64, k, scheme)[1]
     packed = kernels.pack(quantized.values(0, 64), no_pause)
     x, bias, norm = torch.randn(rows, k).bfloat16(), torch.randn(64).bfloat16(), torch.rand(k).bfloat16()
     for output, width in (("bf16", 64), ("add", 64), ("gated", 32), ("float", 64)):
