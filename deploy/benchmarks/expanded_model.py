@@ -1,12 +1,16 @@
 """A model in bfloat16 whose weights are those of a GGUF file, to quantize again.
 
-    python -m deploy.benchmarks.expanded_model FILE.gguf OUT [--reorder]
+    python -m deploy.benchmarks.expanded_model FILE.gguf OUT [--reorder] [--width 1024]
 
 Where only a quantized file of a real model is at hand, its own blocks hold its weights exactly: a comparison of ways to
 quantize favours the one that the file has. With --reorder, OUT computes the same function with other weights. The
 channels of the residual stream and of each feed-forward block stand in another, random order, and values are rotated,
-which the weight of attention's output undoes. Then nearly no group of 32 neighbours comes from one block. Models in the
-manner of Llama and Qwen2 only: root-mean-square norms before each part, gated feed-forward blocks.
+which the weight of attention's output undoes. Then nearly no group of 32 neighbours comes from one block.
+
+With --width, channels of zeros behind the model's own make it wider, and heads of zeros as many as that takes. The
+function stays the same. K-quants have blocks of 256 numbers: llama.cpp stores rows of another length in more bits.
+
+Models in the manner of Llama and Qwen2 only: root-mean-square norms before each part, gated feed-forward blocks.
 """
 
 import argparse
@@ -15,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from deploy.benchmarks import fidelity
@@ -74,23 +79,70 @@ def rotate_values(attention: Any, config: Any, random: torch.Generator) -> None:
             output.weight.data[:, read] = output.weight.data[:, read] @ rotation.T
 
 
+def widen(model: Any, width: int) -> None:
+    """Channels of zeros up to `width`, and heads of zeros behind those of each key and value head, in place."""
+    config = model.config
+    had, size = config.hidden_size, model.model.layers[0].self_attn.head_dim
+    groups, more = config.num_key_value_heads, width // size - config.num_attention_heads
+    if width % size or more < 0 or more % groups:
+        raise SystemExit(f"--width {width} is no number of heads for {groups} key and value heads")
+    embedding, head = model.get_input_embeddings(), model.lm_head
+    tied = head.weight is embedding.weight
+    add_columns(embedding, width - had)
+    if not tied:
+        add_columns(head, width - had)
+    head.weight = embedding.weight if tied else head.weight
+    norms = [model.model.norm]
+    for layer in model.model.layers:
+        attention, block = layer.self_attn, layer.mlp
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, block.gate_proj, block.up_proj):
+            add_columns(linear, width - had)
+        for linear in (attention.o_proj, block.down_proj):
+            add_rows(linear, 1, width - had)
+        add_rows(attention.q_proj, groups, more // groups * size)
+        # the output reads the heads as columns
+        turned = attention.o_proj.weight.data.T.unflatten(0, (groups, -1))
+        attention.o_proj.weight.data = F.pad(turned, (0, 0, 0, more // groups * size)).flatten(0, 1).T.contiguous()
+        attention.num_key_value_groups = width // size // groups
+    for norm in norms:  # the mean of squares is over `width` now
+        norm.weight.data = F.pad(norm.weight.data * (had / width) ** 0.5, (0, width - had))
+        norm.variance_epsilon *= had / width
+    config.rms_norm_eps *= had / width
+    config.head_dim, config.hidden_size, config.num_attention_heads = size, width, width // size
+
+
+def add_columns(linear: Any, count: int) -> None:
+    linear.weight.data = F.pad(linear.weight.data, (0, count))
+
+
+def add_rows(linear: torch.nn.Linear, groups: int, count: int) -> None:
+    """Rows of zeros behind each of `groups` parts."""
+    linear.weight.data = F.pad(linear.weight.data.unflatten(0, (groups, -1)), (0, 0, 0, count)).flatten(0, 1)
+    if linear.bias is not None:
+        linear.bias.data = F.pad(linear.bias.data.unflatten(0, (groups, -1)), (0, count)).flatten()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--reorder", action="store_true")
+    parser.add_argument("--width", type=int)
     given = parser.parse_args()
     model = fidelity.expanded(given.file)
     tokenizer = AutoTokenizer.from_pretrained(given.file.parent, gguf_file=given.file.name)
-    if given.reorder:
-        ids = tokenizer(TEXT, return_tensors="pt").input_ids
-        with torch.inference_mode():
-            before = model(ids).logits
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        before = model(ids).logits
+        if given.reorder:
             reorder(model)
-            difference = (model(ids).logits - before).abs().max().item()
-        print(f"largest difference of logits in float32: {difference:.1e}")
-        if difference > MOST_DIFFERENCE:
-            raise SystemExit("the reordered model computes something else: its layers are not of the known kind")
+        if given.width is not None:
+            widen(model, given.width)
+        difference = (model(ids).logits - before).abs().max().item()
+    print(f"largest difference of logits in float32: {difference:.1e}")
+    if difference > MOST_DIFFERENCE:
+        raise SystemExit("the model computes something else: its layers are not of the known kind")
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized = None, False
     model.bfloat16().save_pretrained(given.out)

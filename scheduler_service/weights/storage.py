@@ -1,9 +1,9 @@
 """Which weights are quantized, and how a stored tensor becomes such a weight.
 
-`--quantization int8` and `int4` quantize every product's weight when it is read; embeddings and head get 8 and 6 bits,
-and with int8 weights of feed-forward blocks are rotated before. With `auto` the blocks of a GGUF file and the
-numbers of GPTQ, AWQ and compressed-tensors stay as they are. Where tensors of one slab have different formats, the slab
-gets the smallest scheme that holds the values of all (`Scheme.joined`).
+`--quantization int8` and `int4` quantize every product's weight when it is read. int8 rotates weights of feed-forward
+blocks before; int4 has more bits where rounding costs most. With `auto` the blocks of a GGUF file and the numbers of
+GPTQ, AWQ and compressed-tensors stay as they are. Where tensors of one slab have different formats, the slab gets the
+smallest scheme that holds the values of all (`Scheme.joined`).
 """
 
 import logging
@@ -18,6 +18,7 @@ from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native.quantized import (
     FINE_ROTATED_INT8,
     INT4,
+    INT5,
     INT6,
     LONG_ROWS_INT8,
     ROTATED_COLUMNS,
@@ -51,9 +52,10 @@ PRODUCTS = (
     *("layer_gate", "layer_projection", "layer_context"),
     *("beside_left", "beside_right", "stream_in", "stream_out"),
 )
-CHOICES = {"int8": LONG_ROWS_INT8, "int4": INT4}
+CHOICES = ("int8", "int4")
 FEED_FORWARD = ("gate_up", "down", "expert_gate_up", "expert_down", "shared_gate_up", "shared_down")
-BOTH_SIDES_OF = {"int8": LONG_ROWS_INT8, "int4": INT6}  # embeddings and head are a third of a small model
+ATTENTION = ("qkv", "query_down", "query", "kv_down", "output")
+NARROW = 1024  # models of less width lose more by rounding
 
 
 def schemes_of(
@@ -87,20 +89,37 @@ def schemes_of(
 
 
 def chosen_scheme(choice: str, slab: Slab, layout: Layout) -> Scheme:
-    """The scheme of a slab by --quantization int8 or int4.
-
-    With int8, the weights of feed-forward blocks are rotated: they are most of a model, and with AMX or VNNI many rows
-    are multiplied with them as integers of 8 bits; with AMX more numbers share a scale, since scaling takes it as long
-    as multiplying. Attention and the head would lose more by it: their rows keep 16 bits.
-    """
+    """The scheme of a slab by --quantization int8 or int4."""
     buffer, _ = slab
-    if buffer in BOTH_SIDES:
-        return BOTH_SIDES_OF[choice]
-    can_rotate = choice == "int8" and layout.buffers[buffer][-1] % ROTATED_COLUMNS == 0
+    return int8_scheme(buffer, layout) if choice == "int8" else int4_scheme(buffer, layout)
+
+
+def int8_scheme(buffer: str, layout: Layout) -> Scheme:
+    """The weights of feed-forward blocks are rotated: they are most of a model, and with AMX or VNNI many rows are
+    multiplied with them as integers of 8 bits; with AMX more numbers share a scale, since scaling takes it as long as
+    multiplying. Attention and the head would lose more by it: their rows keep 16 bits.
+    """
+    can_rotate = layout.buffers[buffer][-1] % ROTATED_COLUMNS == 0
     if not can_rotate or kind_of(buffer) not in FEED_FORWARD:
-        return CHOICES[choice]
+        return LONG_ROWS_INT8
     kernels = native.library()
     return ROTATED_INT8 if kernels is not None and kernels.instruction_set == "amx" else FINE_ROTATED_INT8
+
+
+def int4_scheme(buffer: str, layout: Layout) -> Scheme:
+    """Rounding attention's weights to 4 bits costs as much as rounding those of feed-forward blocks, which are several
+    times as many: attention has more bits. Embeddings and head are a third of a small model.
+    """
+    kind = kind_of(buffer)
+    if is_narrow(layout):
+        return LONG_ROWS_INT8 if kind in ATTENTION else INT5
+    return INT6 if kind in (*ATTENTION, *BOTH_SIDES) else INT4
+
+
+def is_narrow(layout: Layout) -> bool:
+    """Whether the model's width is less than NARROW."""
+    names = (name for name, place in layout.places.items() if place.buffer in ("embed", "lm_head"))
+    return any(layout.whole_shape(name)[-1] < NARROW for name in names)
 
 
 def can_quantize(dtype: torch.dtype, device: torch.device) -> bool:

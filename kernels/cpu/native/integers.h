@@ -315,6 +315,8 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
         multiply_units(w, bits, 16, 1, 0, rows, blocks, x, row, columns, after, sums, stride);
     else if (w->halves == 1 && !w->offsets)
         multiply_units(w, bits, 8, 1, 0, rows, blocks, x, row, columns, after, sums, stride);
+    else if (w->halves == 2 && !w->offsets && bits == 6)
+        multiply_units(w, bits, 8, 2, 0, rows, blocks, x, row, columns, after, sums, stride);
     else if (w->halves == 1 && bits == 4)
         multiply_units(w, bits, 8, 1, 1, rows, blocks, x, row, columns, after, sums, stride);
     else

@@ -6,7 +6,7 @@
 
 #define FEW_NUMBERS 16384  /* so many are read before a second thread is awake */
 #define TRIALS 16          /* scales that are tried for a group with an offset */
-#define SYMMETRIC_TRIALS 8 /* without one, with fewer than 8 bits */
+#define SYMMETRIC_TRIALS 12 /* without one, with fewer than 8 bits */
 
 /* ---- from floats ---- */
 
@@ -50,28 +50,30 @@ INLINE void quantize_symmetric(const struct group *g, int zero, uint8_t *out, fl
     }
 }
 
-/* The same with fewer bits, where rounding costs more: of several scales, each improved by least squares, the one whose
- * error is the least, where the error of a large number counts for more (make_qx_quants of ggml does so). */
+/* The same with fewer bits, where rounding costs more: numbers from 0 to 2 * zero - 1, and the sign of the scale is such that
+ * the largest value gets a number near 0. Of several scales, each improved by least squares, the one whose error is the
+ * least, where the error of a large number counts for more (make_qx_quants of ggml does so). */
 INLINE void fit_symmetric(const struct group *g, int zero, uint8_t *out, float *best_scale) {
-    float most = (float)(zero - 1), best_error = INFINITY, span;
-    vec none = vec_set(0.0f), largest = none, squares = none, best[2] = {none, none}, weights[2], numbers[2];
+    float most = (float)zero, best_error = INFINITY;
+    vec none = vec_set(0.0f), least = none, largest = none, squares = none, best[2] = {none, none}, weights[2], numbers[2];
     for (int i = 0; i < g->vecs; i++) {
         weights[i] = vec_max(g->x[i], vec_sub(none, g->x[i]));
-        largest = vec_max(largest, weights[i]);
+        largest = vec_max(largest, g->x[i]);
+        least = vec_max(least, vec_sub(none, g->x[i]));
         squares = vec_fma(g->x[i], g->x[i], squares);
     }
-    span = vec_largest(largest);
+    float above = vec_largest(largest), below = vec_largest(least), span = above > below ? -above : below;
     float usual = sqrtf(vec_sum(squares) / (float)(g->vecs * LANES));
     for (int i = 0; i < g->vecs; i++)
         weights[i] = vec_add(weights[i], vec_set(usual));
     *best_scale = as_half(span / most); /* stays where the values are too large for float16 */
-    for (int trial = 0; trial < SYMMETRIC_TRIALS && span > 0; trial++) {
+    for (int trial = 0; trial < SYMMETRIC_TRIALS && span != 0; trial++) {
         float scale = span / (most + ((float)trial - SYMMETRIC_TRIALS / 2) * 0.25f);
         vec sum_nn = none, sum_nx = none, errors = none;
         for (int again = 0; again < 2; again++) {
-            vec inverse = vec_set(scale > 0 ? 1.0f / scale : 0.0f);
+            vec inverse = vec_set(scale != 0 ? 1.0f / scale : 0.0f);
             for (int i = 0; i < g->vecs; i++) {
-                numbers[i] = clamp(vec_round(vec_mul(g->x[i], inverse)), -most, most);
+                numbers[i] = clamp(vec_round(vec_mul(g->x[i], inverse)), -most, most - 1.0f);
                 if (again) {
                     vec difference = vec_sub(vec_mul(numbers[i], vec_set(scale)), g->x[i]);
                     errors = vec_fma(vec_mul(weights[i], difference), difference, errors);
