@@ -18,7 +18,6 @@ from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native.quantized import (
     FINE_ROTATED_INT8,
     INT4,
-    INT5,
     INT6,
     LONG_ROWS_INT8,
     ROTATED_COLUMNS,
@@ -55,7 +54,6 @@ PRODUCTS = (
 CHOICES = ("int8", "int4")
 FEED_FORWARD = ("gate_up", "down", "expert_gate_up", "expert_down", "shared_gate_up", "shared_down")
 ATTENTION = ("qkv", "query_down", "query", "kv_down", "output")
-NARROW = 1024  # models of less width lose more by rounding
 
 
 def schemes_of(
@@ -91,7 +89,7 @@ def schemes_of(
 def chosen_scheme(choice: str, slab: Slab, layout: Layout) -> Scheme:
     """The scheme of a slab by --quantization int8 or int4."""
     buffer, _ = slab
-    return int8_scheme(buffer, layout) if choice == "int8" else int4_scheme(buffer, layout)
+    return int8_scheme(buffer, layout) if choice == "int8" else int4_scheme(buffer)
 
 
 def int8_scheme(buffer: str, layout: Layout) -> Scheme:
@@ -106,20 +104,11 @@ def int8_scheme(buffer: str, layout: Layout) -> Scheme:
     return ROTATED_INT8 if kernels is not None and kernels.instruction_set == "amx" else FINE_ROTATED_INT8
 
 
-def int4_scheme(buffer: str, layout: Layout) -> Scheme:
+def int4_scheme(buffer: str) -> Scheme:
     """Rounding attention's weights to 4 bits costs as much as rounding those of feed-forward blocks, which are several
     times as many: attention has more bits. Embeddings and head are a third of a small model.
     """
-    kind = kind_of(buffer)
-    if is_narrow(layout):
-        return LONG_ROWS_INT8 if kind in ATTENTION else INT5
-    return INT6 if kind in (*ATTENTION, *BOTH_SIDES) else INT4
-
-
-def is_narrow(layout: Layout) -> bool:
-    """Whether the model's width is less than NARROW."""
-    names = (name for name, place in layout.places.items() if place.buffer in ("embed", "lm_head"))
-    return any(layout.whole_shape(name)[-1] < NARROW for name in names)
+    return INT6 if kind_of(buffer) in (*ATTENTION, *BOTH_SIDES) else INT4
 
 
 def can_quantize(dtype: torch.dtype, device: torch.device) -> bool:

@@ -61,7 +61,6 @@ LONG_ROWS_INT8 = replace(INT8, row_bits=16)
 ROTATED_INT8 = replace(INT8, rotated=256)
 FINE_ROTATED_INT8 = replace(INT8, rotated=128)
 INT4 = Scheme(4, UNIT, offsets=True)
-INT5 = Scheme(5, UNIT, offsets=False, zero_point=16)
 INT6 = Scheme(6, UNIT, offsets=False, zero_point=32)
 
 

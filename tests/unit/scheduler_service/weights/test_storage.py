@@ -11,7 +11,6 @@ from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native.quantized import (
     FINE_ROTATED_INT8,
     INT4,
-    INT5,
     INT6,
     LONG_ROWS_INT8,
     ROTATED_INT8,
@@ -64,32 +63,27 @@ def weights_of(directory: Path, **settings):
 
 def test_int8_and_int4_keep_every_product_and_leave_norms_and_biases(tmp_path):
     directory = checkpoints.random_model(tmp_path, 0)
-    for choice, scheme in (("int8", LONG_ROWS_INT8), ("int4", INT5)):
+    for choice, scheme, finer in (("int8", LONG_ROWS_INT8, LONG_ROWS_INT8), ("int4", INT4, INT6)):
         weights = weights_of(directory, quantization=choice)
         kept = {slab[0]: scheme for slab, scheme in weights.schemes.items()}
         assert kept == {
-            "embed": scheme,
-            "lm_head": scheme,
-            "qkv": LONG_ROWS_INT8,
-            "output": LONG_ROWS_INT8,
+            "embed": finer,
+            "lm_head": finer,
+            "qkv": finer,
+            "output": finer,
             "gate_up": scheme,
             "down": scheme,
         }
         assert weights.buffers["qkv"].is_meta and not weights.buffers["norm"].is_meta
 
 
-@pytest.mark.parametrize(
-    ("width", "block", "attention", "head"), [(1023, INT5, LONG_ROWS_INT8, INT5), (1024, INT4, INT6, INT6)]
-)
-def test_int4_has_more_bits_for_attention_and_for_narrow_models(width, block, attention, head):
+def test_int4_has_more_bits_for_attention_and_both_sides():
     layout = Layout()
-    layout.add("embed", (), [("embed", 64)], width)
-    for buffer in ("qkv", "output", "gate_up", "down", "expert_down", "space_in"):
+    for buffer in ("embed", "qkv", "output", "gate_up", "down", "expert_down", "space_in"):
         layout.add(buffer, (0,), [(buffer, 64)], 64)
     schemes = {slab[0]: scheme for slab, scheme in schemes_of("int4", layout, torch.bfloat16, CPU, None).items()}
-    assert schemes["qkv"] == schemes["output"] == attention
-    assert {schemes[name] for name in ("gate_up", "down", "expert_down", "space_in")} == {block}
-    assert schemes["embed"] == head
+    assert schemes["embed"] == schemes["qkv"] == schemes["output"] == INT6
+    assert {schemes[name] for name in ("gate_up", "down", "expert_down", "space_in")} == {INT4}
 
 
 def test_int8_rotates_weights_of_feed_forward_blocks_that_have_whole_blocks(tmp_path):
@@ -232,7 +226,7 @@ def test_weights_after_an_update_equal_those_of_a_start(tmp_path):
     assert bodies[0] == bodies[1]
 
 
-@pytest.mark.parametrize(("choice", "bits", "value"), [("int4", 5, 2e6), ("int8", 8, 1e8), ("int4", 5, 1e30)])
+@pytest.mark.parametrize(("choice", "bits", "value"), [("int4", 4, 1e6), ("int8", 8, 1e8), ("int4", 4, 1e30)])
 def test_values_that_float16_scales_cannot_reach_are_refused_and_the_old_weights_stay(tmp_path, choice, bits, value):
     directory = checkpoints.random_model(tmp_path / "m", 1)
     tensors = checkpoints.random_tensors(directory, 2)
