@@ -83,15 +83,15 @@ def widen(model: Any, width: int) -> None:
     """Channels of zeros up to `width`, and heads of zeros behind those of each key and value head, in place."""
     config = model.config
     had, size = config.hidden_size, model.model.layers[0].self_attn.head_dim
-    groups, more = config.num_key_value_heads, width // size - config.num_attention_heads
-    if width % size or more < 0 or more % groups:
-        raise SystemExit(f"--width {width} is no number of heads for {groups} key and value heads")
+    groups = config.num_key_value_heads
+    if config.num_attention_heads * size != had:
+        raise SystemExit(f"--width wants heads that are together as wide as the model, {had}")
+    if width < had or width % (size * groups):
+        raise SystemExit(f"--width {width} is not a multiple of {size * groups} from {had} on")
+    more = (width - had) // groups  # rows of queries behind each key and value head's
     embedding, head = model.get_input_embeddings(), model.lm_head
-    tied = head.weight is embedding.weight
-    add_columns(embedding, width - had)
-    if not tied:
-        add_columns(head, width - had)
-    head.weight = embedding.weight if tied else head.weight
+    for matrix in (embedding,) if head.weight is embedding.weight else (embedding, head):
+        add_columns(matrix, width - had)
     norms = [model.model.norm]
     for layer in model.model.layers:
         attention, block = layer.self_attn, layer.mlp
@@ -99,11 +99,9 @@ def widen(model: Any, width: int) -> None:
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj, block.gate_proj, block.up_proj):
             add_columns(linear, width - had)
         for linear in (attention.o_proj, block.down_proj):
-            add_rows(linear, 1, width - had)
-        add_rows(attention.q_proj, groups, more // groups * size)
-        # the output reads the heads as columns
-        turned = attention.o_proj.weight.data.T.unflatten(0, (groups, -1))
-        attention.o_proj.weight.data = F.pad(turned, (0, 0, 0, more // groups * size)).flatten(0, 1).T.contiguous()
+            add_rows(linear, width - had)
+        add_rows(attention.q_proj, more, groups)
+        add_columns(attention.o_proj, more, groups)
         attention.num_key_value_groups = width // size // groups
     for norm in norms:  # the mean of squares is over `width` now
         norm.weight.data = F.pad(norm.weight.data * (had / width) ** 0.5, (0, width - had))
@@ -112,11 +110,12 @@ def widen(model: Any, width: int) -> None:
     config.head_dim, config.hidden_size, config.num_attention_heads = size, width, width // size
 
 
-def add_columns(linear: Any, count: int) -> None:
-    linear.weight.data = F.pad(linear.weight.data, (0, count))
+def add_columns(linear: Any, count: int, groups: int = 1) -> None:
+    """Columns of zeros behind each of `groups` parts."""
+    linear.weight.data = F.pad(linear.weight.data.unflatten(1, (groups, -1)), (0, count)).flatten(1)
 
 
-def add_rows(linear: torch.nn.Linear, groups: int, count: int) -> None:
+def add_rows(linear: torch.nn.Linear, count: int, groups: int = 1) -> None:
     """Rows of zeros behind each of `groups` parts."""
     linear.weight.data = F.pad(linear.weight.data.unflatten(0, (groups, -1)), (0, 0, 0, count)).flatten(0, 1)
     if linear.bias is not None:

@@ -93,7 +93,9 @@ def chosen_scheme(choice: str, slab: Slab, layout: Layout) -> Scheme:
 
 
 def int8_scheme(buffer: str, layout: Layout) -> Scheme:
-    """The weights of feed-forward blocks are rotated: they are most of a model, and with AMX or VNNI many rows are
+    """The scheme of a buffer's slabs by --quantization int8.
+
+    The weights of feed-forward blocks are rotated: they are most of a model, and with AMX or VNNI many rows are
     multiplied with them as integers of 8 bits; with AMX more numbers share a scale, since scaling takes it as long as
     multiplying. Attention and the head would lose more by it: their rows keep 16 bits.
     """
@@ -105,7 +107,9 @@ def int8_scheme(buffer: str, layout: Layout) -> Scheme:
 
 
 def int4_scheme(buffer: str) -> Scheme:
-    """Rounding attention's weights to 4 bits costs as much as rounding those of feed-forward blocks, which are several
+    """The scheme of a buffer's slabs by --quantization int4.
+
+    Rounding attention's weights to 4 bits costs as much as rounding those of feed-forward blocks, which are several
     times as many: attention has more bits. Embeddings and head are a third of a small model.
     """
     return INT6 if kind_of(buffer) in (*ATTENTION, *BOTH_SIDES) else INT4

@@ -50,9 +50,9 @@ INLINE void quantize_symmetric(const struct group *g, int zero, uint8_t *out, fl
     }
 }
 
-/* The same with fewer bits, where rounding costs more: numbers from 0 to 2 * zero - 1, and the sign of the scale is such that
- * the largest value gets a number near 0. Of several scales, each improved by least squares, the one whose error is the
- * least, where the error of a large number counts for more (make_qx_quants of ggml does so). */
+/* The same with fewer bits, where rounding costs more: numbers from 0 to 2 * zero - 1. The scale has the sign with which the
+ * value farthest from 0 gets a number near 0: there is one more on that side. Of several scales, each improved by least
+ * squares, the one whose error is the least, where the error of a large number counts for more (make_qx_quants of ggml). */
 INLINE void fit_symmetric(const struct group *g, int zero, uint8_t *out, float *best_scale) {
     float most = (float)zero, best_error = INFINITY;
     vec none = vec_set(0.0f), least = none, largest = none, squares = none, best[2] = {none, none}, weights[2], numbers[2];
