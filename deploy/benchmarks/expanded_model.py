@@ -24,6 +24,8 @@ from transformers import AutoTokenizer
 
 from deploy.benchmarks import fidelity
 
+KNOWN = ("llama", "mistral", "qwen2")  # model types
+MAGIC = b"GGUF"
 SEED = 7
 MOST_DIFFERENCE = 1e-3  # of logits in float32
 TEXT = "def fibonacci(n):\n    if n < 2:\n        return n\n"
@@ -129,7 +131,14 @@ def main() -> int:
     parser.add_argument("--reorder", action="store_true")
     parser.add_argument("--width", type=int)
     given = parser.parse_args()
+    if not given.file.is_file():
+        raise SystemExit(f"{given.file} is not a file")
+    with given.file.open("rb") as opened:
+        if opened.read(len(MAGIC)) != MAGIC:
+            raise SystemExit(f"{given.file} is not a GGUF file")
     model = fidelity.expanded(given.file)
+    if model.config.model_type not in KNOWN:
+        raise SystemExit(f"{given.file} has a model of type {model.config.model_type}, not one of {', '.join(KNOWN)}")
     tokenizer = AutoTokenizer.from_pretrained(given.file.parent, gguf_file=given.file.name)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     with torch.inference_mode():

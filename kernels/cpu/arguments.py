@@ -51,12 +51,3 @@ def check_linear(linear: Linear, n: int, k: int) -> None:
     bias = linear.bias
     assert linear.weight.shape == (n, k), (linear.weight.shape, n, k)
     assert bias is None or (bias.shape == (n,) and bias.dtype is torch.bfloat16), bias
-
-
-def addresses(linears: list[Linear], norms: list[NormWeight | None]) -> list[int]:
-    """What is equal as long as all of these lie where they lay: updates of weights, for one, move them.
-
-    Weights by a count, since there may be thousands.
-    """
-    biases = [linear.bias.data_ptr() for linear in linears if linear.bias is not None]
-    return [Linear.changes, *biases, *[norm[0].data_ptr() for norm in norms if norm is not None]]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quartet.kernels.cpu import arguments
+from quartet.kernels.cpu import addresses, arguments
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native import structures
@@ -94,15 +94,12 @@ class ExpertsArgument:
         self.gate_up = (structures.Product * len(experts.gate_up))()
         self.down = (structures.Product * len(experts.down))()
         self.structure = structures.Experts()
-        self.addresses: list[int] = []  # that are in the structure
+        self.filled = -1  # addresses.moves() then
 
     def fill(self) -> structures.Experts:
         """The structure with the addresses that the weights have now."""
-        experts = self.experts
-        found = arguments.addresses(experts.linears, experts.norms)
-        scale = None if experts.expert_scale is None else experts.expert_scale.data_ptr()
-        found.append(scale or 0)
-        if found == self.addresses:
+        experts, moves = self.experts, addresses.moves()
+        if moves == self.filled:
             return self.structure
         for place, (gate_up, down) in enumerate(zip(experts.gate_up, experts.down, strict=True)):
             self.gate_up[place] = arguments.product(gate_up, "gated", activation=experts.activation)
@@ -121,7 +118,7 @@ class ExpertsArgument:
             has_shared=experts.shared is not None,
             router_norm=arguments.norm_argument(experts.router_norm),
             router_scale=experts.router_scale,
-            expert_scale=scale,
+            expert_scale=None if experts.expert_scale is None else experts.expert_scale.data_ptr(),
             after_chosen=arguments.norm_argument(experts.after_chosen),
             shared_before=arguments.norm_argument(experts.shared_before),
             shared_after=arguments.norm_argument(experts.shared_after),
@@ -133,7 +130,7 @@ class ExpertsArgument:
             self.structure.shared_down = arguments.product(down, "bf16")
         if experts.shared_gate is not None:
             self.structure.shared_gate = arguments.product(experts.shared_gate, "float")
-        self.addresses = found
+        self.filled = moves
         return self.structure
 
     def add(self, kernels: Library, residual: torch.Tensor) -> torch.Tensor:

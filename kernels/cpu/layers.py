@@ -6,13 +6,13 @@ several residual streams.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
-from quartet.kernels.cpu import arguments
+from quartet.kernels.cpu import addresses, arguments
 from quartet.kernels.cpu.experts import Experts, ExpertsArgument
 from quartet.kernels.cpu.layer_parts import OwnInput, OwnStreams
 from quartet.kernels.cpu.linear import Linear
@@ -192,9 +192,6 @@ class Layers:
         self.experts = [
             ExpertsArgument(layer.feed_forward) if isinstance(layer.feed_forward, Experts) else None for layer in layers
         ]
-        self.linears = [linear for layer in layers for linear in layer.linears]
-        self.norms = [norm for layer in layers for norm in layer.norms]
-        self.vectors = [vector for layer in layers for vector in layer.vectors]
         counts = {0 if layer.streams is None else layer.streams.count for layer in layers}
         assert len(counts) == 1, f"as many streams everywhere, not {counts}"
         self.streams = counts.pop()  # 0: there is one
@@ -213,7 +210,7 @@ class Layers:
             self.hidden if self.streams else 0,
         ]
         self.can_leave_out = not (self.streams or self.input_size)  # rows that nobody looks at, in the last layer
-        self.addresses: list[int] = []  # that are in `structures`
+        self.filled = (-1, -1)  # addresses.moves() then, and which pools
         self.pool_tokens = 0
         run = kernels.functions.quartet_layers
         run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(Step))
@@ -224,16 +221,20 @@ class Layers:
         rotations: Sequence[tuple[torch.Tensor, torch.Tensor]],
         slots: torch.Tensor,
         table: PageTable,
-        pools: Sequence[Pools],
+        pools: Callable[[], Sequence[Pools]],
+        which_pools: int,
         inputs: torch.Tensor | None = None,
         stack: torch.Tensor | None = None,
         wanted: Wanted | None = None,
+        final: NormWeight | None = None,
     ) -> torch.Tensor:
         """The residual stream (rows, hidden) through all layers, in place; or the `stack` (rows, streams, hidden).
 
-        Returns it; of rows that are `wanted` it may be these alone, and the rest of the memory is anything. By rope:
+        Returns it; of rows that are `wanted` it may be these alone, and the rest of the memory is anything. `final`: a
+        norm of what is returned, where there is one stream. By rope:
         rotations as Library.rotate takes them. By layer: pools, to whose places `slots` (rows,) int64 keys and values
-        go, and which `table` describes; and inputs of their own (layers, rows, size), if they have such.
+        go, and which `table` describes (asked for only if `which_pools`, a number of addresses.moved(), is another one
+        than before); and inputs of their own (layers, rows, size), if they have such.
         """
         native.check_matrix(residual)
         rows = len(residual)
@@ -249,30 +250,44 @@ class Layers:
         if self.streams:
             assert stack is not None and stack.shape == (rows, self.streams, self.hidden), stack
             assert stack.dtype is torch.bfloat16 and stack.is_contiguous(), (stack.dtype, stack.stride())
-        self.fill(pools)
+        self.fill(pools, which_pools)
         assert table.most_tokens <= self.pool_tokens < 2**31, (table.most_tokens, self.pool_tokens)
         if not self.can_leave_out or self.layers[0].qkv.additions is not None:
             wanted = None
         if wanted is not None:
             assert len(wanted.starts) == len(table.starts), (wanted.starts.shape, table.starts.shape)
             assert wanted.rows.dtype is wanted.starts.dtype is torch.int64, (wanted.rows.dtype, wanted.starts.dtype)
-        self.call(residual, rotations, slots, table, inputs, stack, wanted)
+        arguments.check_norm(final, self.hidden)
+        self.call(residual, rotations, slots, table, inputs, stack, wanted, final)
         return residual if wanted is None else residual[: len(wanted.rows)]
 
-    def fill(self, pools: Sequence[Pools]) -> None:
+    def fill(self, pools: Callable[[], Sequence[Pools]], which_pools: int) -> None:
         """Have `structures` describe the layers where they are now: updates of weights, for one, move them."""
-        addresses = arguments.addresses(self.linears, self.norms)
-        addresses += [vector.data_ptr() for vector in self.vectors]
-        addresses += [pool.data_ptr() for both in pools for pool in both]
-        if addresses == self.addresses:
+        wanted = addresses.moves(), which_pools
+        if wanted == self.filled:
             return
-        parts = zip(self.structures, self.layers, self.experts, pools, strict=True)
+        own = pools()
+        parts = zip(self.structures, self.layers, self.experts, own, strict=True)
         for structure, layer, experts, own_pools in parts:
             fill(structure, layer, self.rotary_dims[layer.rope], own_pools)
             if experts is not None:
                 structure.experts = ctypes.pointer(experts.fill())
-        self.addresses = addresses
-        self.pool_tokens = min(keys.shape[1] for keys, _ in pools)
+        for place, layer in enumerate(self.layers):
+            self.link(place, layer)
+        self.filled = wanted
+        self.pool_tokens = min(keys.shape[1] for keys, _ in own)
+
+    def link(self, place: int, layer: Layer) -> None:
+        """Say which product follows which: what is read first of its weight is asked for while threads wait."""
+        parts = [(place, "qkv"), (place, "output")]
+        if isinstance(layer.feed_forward, Mlp) and layer.streams is None:
+            parts += [(place, "gate_up"), (place, "down")]
+            if layer.own_input is None and place + 1 < len(self.layers):
+                parts.append((place + 1, "qkv"))
+        for (at, name), (following, its_name) in pairwise(parts):
+            product = getattr(structures.Layer, its_name)
+            address = ctypes.addressof(self.structures) + following * ctypes.sizeof(structures.Layer) + product.offset
+            getattr(self.structures[at], name).next = address
 
     def call(
         self,
@@ -283,6 +298,7 @@ class Layers:
         inputs: torch.Tensor | None,
         stack: torch.Tensor | None,
         wanted: Wanted | None,
+        final: NormWeight | None,
     ) -> None:
         """Run the layers as `structures` describes them."""
         rows, pointers = len(residual), ctypes.c_void_p * len(rotations)
@@ -310,6 +326,7 @@ class Layers:
             0 if wanted is None else len(wanted.rows),
             None if wanted is None else wanted.rows.data_ptr(),
             None if wanted is None else wanted.starts.data_ptr(),
+            arguments.norm_argument(final),
         )
         functions = self.kernels.functions
         if functions.quartet_layers(self.kernels.kernels, self.structures, len(self.layers), step):

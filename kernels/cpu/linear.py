@@ -39,11 +39,12 @@ are read into it and compared with it. When its values have changed, `adopt(pack
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from quartet.kernels.cpu import addresses
 from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native.quantized import QuantizedWeight
 from quartet.kernels.cpu.native.structures import Additions, Quantized
@@ -83,7 +84,6 @@ class Adapters(Protocol):
 class Linear:
     """x (rows, in) → x @ weight.T + bias (rows, out)."""
 
-    changes: ClassVar[int] = 0  # how often a layer has got other values, for those who keep addresses of them
     is_whole = True  # False: other processes have parts of the weight, so only this object can compute the product
 
     def __init__(
@@ -228,7 +228,7 @@ class Linear:
         few rows and a quantized weight.
         """
         self.keeps_order = True
-        Linear.changes += 1
+        addresses.moved()
         if self.is_native:
             return
         _, dtype = self.factors()
@@ -247,7 +247,7 @@ class Linear:
                 least_rows(height, self.weight.shape[1], self.packed_dtype) for height in self.heights()
             )
         self.packed = packed
-        Linear.changes += 1
+        addresses.moved()
 
 
 def pack(weight: torch.Tensor, dtype: torch.dtype, yield_point: Callable[[], None] = no_pause) -> Blocks:

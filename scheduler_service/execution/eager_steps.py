@@ -41,6 +41,13 @@ class PagedAttend:
     def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.cache.pools(layer, self.placement)
 
+    def begin_pages(self) -> int:
+        """See model.batch.PagedAttend."""
+        if self.placement.begun is not None:
+            for layer in self.cache.keys:
+                self.cache.pools(layer, self.placement)
+        return self.cache.moved
+
     def __call__(self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.cache.write(spec.layer, self.placement, k, v)
         return self.attend_written(spec, q)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quartet.kernels.cpu import addresses
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.process.memory import GB
@@ -73,6 +74,7 @@ class KVCache:
         self.values = {
             layer: self.keys[layer] if layer in self._shared else self._pool(layer) for layer in self._shapes
         }
+        self.moved = addresses.moved()
 
     def _pool(self, layer: int) -> torch.Tensor:
         return untouched_zeros(self._shapes[layer], self._dtype, self._device)

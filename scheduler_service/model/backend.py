@@ -44,13 +44,15 @@ class Backend(Protocol):
         context: Attend | PagedContext,
         inputs: torch.Tensor | None = None,
         stack: torch.Tensor | None = None,
+        final: Norm | None = None,
     ) -> torch.Tensor | None:
         """Compute all layers at once, where that is possible; None: nothing was done, compute them one by one.
 
         Returns the residual stream, which is changed in place; where the context says which tokens are wanted, perhaps
         that of these alone.
         `inputs`: the layers' own (layers, tokens, size), if they have such. `stack`: all residual streams (tokens,
-        count, hidden) where there are several; it is changed then, and `residual` is of no use behind.
+        count, hidden) where there are several; it is changed then, and `residual` is of no use behind. `final`: a norm
+        of the result, where there is one stream.
         """
         ...
 

@@ -47,6 +47,10 @@ class PagedAttend(Attend, Protocol):
         """Keys and values of a layer, each (kv_heads, pool tokens, dim), ready to be written to at `places`."""
         ...
 
+    def begin_pages(self) -> int:
+        """Make all layers' pools ready to be written to; returns which they are, a number of addresses.moved()."""
+        ...
+
     def attend_written(self, spec: AttentionSpec, q: torch.Tensor) -> torch.Tensor:
         """Attend once keys and values of the batch's tokens are written: q and result (tokens, heads, dim)."""
         ...

@@ -60,6 +60,7 @@ class CpuBackend:
         context: Attend | PagedContext,
         inputs: torch.Tensor | None = None,
         stack: torch.Tensor | None = None,
+        final: Norm | None = None,
     ) -> torch.Tensor | None:
         """As the protocol has it: where the context attends with our kernel, and this knows all of the layers."""
         if self.looked_at is not layers:  # not before: the kernels may be compiled beside the start
@@ -69,10 +70,17 @@ class CpuBackend:
         paged = cast(PagedAttend, context)
         if (table := paged.page_table()) is None:
             return None
-        numbers = [layer.attention.spec.layer for layer in layers]
-        pools = {number: paged.pools(number) for number in set(numbers)}
-        of_layers = [pools[number] for number in numbers]  # several may read one
-        return self.together.run(residual, rotations, paged.places, table, of_layers, inputs, stack, paged.wanted)
+        which_pools = paged.begin_pages()
+
+        def pools() -> list[tuple[torch.Tensor, torch.Tensor]]:
+            return [paged.pools(layer.attention.spec.layer) for layer in layers]  # several may read one
+
+        has_kernel = final is not None and not final.centred and final.ranks is None
+        own = norm_weight(final) if has_kernel else None
+        found = self.together.run(
+            residual, rotations, paged.places, table, pools, which_pools, inputs, stack, paged.wanted, own
+        )
+        return found if has_kernel else self.normed(found, final)
 
     def watch_rows(self, on_rows: Callable[[torch.Tensor | None], None]) -> None:
         """As TorchBackend: our own kernels know the rows by themselves."""

@@ -18,6 +18,7 @@ from quartet.scheduler_service.model.layers import (
     LatentAttention,
     Mlp,
     Moe,
+    Norm,
     decoder_layer,
     embedding_of,
     linear,
@@ -78,8 +79,7 @@ class Decoder:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states after the final norm: (tokens, hidden), or those of the tokens that `batch.attend` wants."""
-        residual = self.embed(batch)
-        return self.normed(self.run_layers(residual, self.backend.rotations(batch.positions), batch))
+        return self.run_layers(self.embed(batch), self.backend.rotations(batch.positions), batch, final=self.norm)
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Token embeddings, or the request's own where it brought some: (tokens, hidden)."""
@@ -93,14 +93,18 @@ class Decoder:
             given = given * self.embedding_scale
         return torch.where(batch.embeds_mask.unsqueeze(1), given, x)
 
-    def run_layers(self, residual: torch.Tensor, rotations: list[Rotation], batch: Batch) -> torch.Tensor:
-        """All layers on the residual stream (tokens, hidden), in place; `rotations` by rope. Returns what is wanted."""
+    def run_layers(
+        self, residual: torch.Tensor, rotations: list[Rotation], batch: Batch, final: Norm | None = None
+    ) -> torch.Tensor:
+        """All layers on the residual stream (tokens, hidden), in place; `rotations` by rope. Returns what is wanted of
+        it, behind the norm `final`.
+        """
         inputs = None if self.layer_inputs is None else self.layer_inputs.parts(batch, residual, self.backend)
         if self.streams is not None:
             self.run_streams(self.streams, residual, rotations, batch, inputs)
-            return residual
+            return self.backend.normed(residual, final)
         if self.spec.factors is None and not batch.record_experts:
-            found = self.backend.run_layers(self.layers, residual, rotations, batch.attend, inputs)
+            found = self.backend.run_layers(self.layers, residual, rotations, batch.attend, inputs, final=final)
             if found is not None:
                 return found
         scale = self.query_scale(batch.positions)
@@ -110,7 +114,7 @@ class Decoder:
                 add_input(layer.own_input, residual, inputs[layer.index], self.backend)
             if layer.scale is not None:
                 residual.mul_(layer.scale)
-        return residual
+        return self.backend.normed(residual, final)
 
     def run_streams(
         self,

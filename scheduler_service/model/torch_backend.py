@@ -61,6 +61,7 @@ class TorchBackend:
         context: Attend | PagedContext,
         inputs: torch.Tensor | None = None,
         stack: torch.Tensor | None = None,
+        final: Norm | None = None,
     ) -> torch.Tensor | None:
         """As the protocol has it: never at once."""
         return None

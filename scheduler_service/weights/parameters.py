@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 import xxhash
 
+from quartet.kernels.cpu import addresses
 from quartet.kernels.cpu.linear import no_pause
 from quartet.kernels.cpu.native.quantized import QuantizedRows, QuantizedWeight, Scheme, misfit, quantize
 from quartet.scheduler_service.host.parallel import ALONE, Parallel
@@ -169,6 +170,7 @@ class Weights:
         self.buffers = {name: new(buffer) for name, buffer in self.buffers.items()}
         for tensor, buffer, index in self._lent:
             tensor.data = self.buffers[buffer][index]
+        addresses.moved()
 
     def slab(self, buffer: str, *index: int) -> torch.Tensor:
         """One layer's (or expert's) part of a buffer, all fused tensors together; always the same tensor object."""
@@ -192,6 +194,7 @@ class Weights:
         """Have a tensor made elsewhere share a slab's memory from now on, as if `slab` had returned it."""
         tensor.data = self.buffers[buffer][index]
         self._lent.append((tensor, buffer, index))
+        addresses.moved()
 
     def view(self, name: str) -> torch.Tensor:
         """The tensor of a checkpoint name, in the checkpoint's shape. Raises KeyError for an unknown name.
@@ -300,6 +303,7 @@ class Weights:
             for tensor, buffer, index in weights._lent:
                 if buffer in buffers:
                     tensor.data = weights.buffers[buffer][index]
+        addresses.moved()
 
     def copy_from(self, staged: "Weights", packed: Packed | None = None) -> None:
         """Copy all values, one copy per buffer; addresses stay. Between two steps only."""

@@ -1,9 +1,9 @@
 """Which weights are quantized, and how a stored tensor becomes such a weight.
 
-`--quantization int8` and `int4` quantize every product's weight when it is read. int8 rotates weights of feed-forward
-blocks before; int4 has more bits where rounding costs most. With `auto` the blocks of a GGUF file and the numbers of
-GPTQ, AWQ and compressed-tensors stay as they are. Where tensors of one slab have different formats, the slab gets the
-smallest scheme that holds the values of all (`Scheme.joined`).
+`--quantization int8` and `int4` quantize the weights of products (PRODUCTS) when they are read. int8 rotates those of
+feed-forward blocks before; int4 has more bits where rounding costs most. With `auto` the blocks of a GGUF file and the
+numbers of GPTQ, AWQ and compressed-tensors stay as they are. Where tensors of one slab have different formats, the slab
+gets the smallest scheme that holds the values of all (`Scheme.joined`).
 """
 
 import logging
@@ -171,17 +171,20 @@ def whole_buffers(layout: Layout, wanted: Schemes) -> Schemes:
 
 
 def log_storage(weights: Weights, choice: str) -> None:
-    """Log how the weights are quantized."""
+    """Log how the weights are quantized, and which are not."""
     if not weights.schemes:
         return
+    quantized = {buffer for buffer, _ in weights.schemes}
+    plain = sorted({kind_of(buffer) for buffer, _ in slabs_of(weights.layout) if buffer not in quantized})
     bits = sorted({scheme.bits for scheme in weights.schemes.values()})
     kept = "stay quantized as the file has them," if choice not in CHOICES else "are quantized"
     log.info(
-        "Weights %s to %s bits (--quantization %s): %.3f GB of memory.",
+        "Weights %s to %s bits (--quantization %s): %.3f GB of memory.%s",
         kept,
         ", ".join(map(str, bits)),
         choice,
         weights.nbytes() / 1e9,
+        f" Not quantized: {', '.join(plain)}." if plain else "",
     )
 
 

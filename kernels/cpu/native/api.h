@@ -76,6 +76,7 @@ struct product {
     int64_t number;                    /* of this product, as adapters know it */
     const struct additions *additions; /* to the sums, before the output operation; or null */
     int32_t x_tiles, out_tiles; /* x, or the gated result, is in tiles: (rows / 16, columns / 32, 16, 32) */
+    const struct product *next; /* whose weight will be read next, or null; a hint */
 };
 
 /* out (rows, n) += what adapters add for x (rows, k), all in float. */
@@ -251,6 +252,7 @@ struct step {
      * are the last ones; by sequence, where they begin among all of them. `wanted_starts` null: all rows are wanted. */
     int64_t wanted;
     const int64_t *wanted_rows, *wanted_starts;
+    struct norm final; /* of these, in place; of `residual` */
 };
 
 /* Rows of logits that give a token each, see draw.h. All lists have an item for each of them. */

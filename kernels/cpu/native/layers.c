@@ -202,8 +202,7 @@ static int run_among_streams(const struct kernels *kernels, const struct step *s
     return failed;
 }
 
-/* The residual stream through `count` layers; 0, or -1 where there is no memory. */
-int quartet_layers(const struct kernels *kernels, const struct layer *layers, int64_t count, const struct step *step) {
+static int run_layers(const struct kernels *kernels, const struct layer *layers, int64_t count, const struct step *step) {
     int failed = 0;
     for (const struct layer *layer = layers; step->rows && layer < layers + count && !failed; layer++) {
         if (step->wanted_starts && layer + 1 == layers + count)
@@ -212,4 +211,16 @@ int quartet_layers(const struct kernels *kernels, const struct layer *layers, in
         failed |= (layer->streams ? run_among_streams : run_layer)(kernels, step, layer, input);
     }
     return failed;
+}
+
+/* The residual stream through `count` layers and the final norm; 0, or -1 where there is no memory. */
+int quartet_layers(const struct kernels *kernels, const struct layer *layers, int64_t count, const struct step *step) {
+    int failed = run_layers(kernels, layers, count, step);
+    if (failed || !step->final.weight)
+        return failed;
+    struct rows rows = rows_of(step, step->residual, step->residual, layers->output.n, step->final);
+    if (step->wanted_starts)
+        rows.rows = step->wanted;
+    kernels->norm(&rows);
+    return 0;
 }

@@ -20,6 +20,7 @@
  */
 #pragma once
 
+#include "ahead.h"
 #include "grid.h"
 #include "integer_groups.h"
 #include "integer_tiles.h"
@@ -32,9 +33,7 @@
 #define STEP_BLOCK 256 /* of k: so much of a panel stays in the first cache while many rows pass */
 #define VECTOR_STEP_BLOCK 448 /* the same, of a panel of GRID_BLOCKS blocks that rows pass without tiles */
 #define FEW_STEP_BLOCK 512 /* the same, of an expanded panel and fewer rows than two times MANY_ROWS */
-#define FEW_TURNS 4    /* least that a thread has where the threads take several panels of few rows at once */
 #define MOST_APART 4   /* threads of which each prepares a single row for itself: quicker than to wait for all of its parts */
-#define CHUNK_PANELS 8 /* most panels that a thread takes at once */
 #define CHUNK_OF_PIECES 16 /* where k is cut into pieces: a chunk reads all of x, from beyond the second cache */
 
 /* Steps of k of a thread's panels, in the order in which they are computed. */
@@ -221,6 +220,8 @@ static void compute_block(void *argument, int thread, int threads) {
 #endif
         compute_panels(plan, block->first, block->rows, begin, end, kept, expanded);
     }
+    if (plan->p->next && plan->p->rows == 1)
+        ask_for_next(plan->p->next, thread, threads);
     if (plan->tiled || plan->grouped)
         tiles_end();
 #if defined(__AMX_BF16__)
@@ -278,9 +279,8 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
         int64_t most = threads * (deep && tiles && many ? CHUNK_OF_PIECES : CHUNK_PANELS);
         int64_t turns = (plan->panels + most - 1) / most; /* of each thread */
         block.chunk = (plan->panels + threads * turns - 1) / (threads * turns);
-    } else if (plan->panels >= threads * FEW_TURNS) {
-        int64_t even = plan->panels / (threads * FEW_TURNS);
-        block.chunk = even < CHUNK_PANELS ? even : CHUNK_PANELS;
+    } else {
+        block.chunk = few_panels(plan->panels, threads);
     }
     quartet_share(&block.chunks, (plan->panels + block.chunk - 1) / block.chunk, threads);
     if (plan->tiled && (expands || many))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from quartet.kernels.cpu import addresses
 from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native.pages import in_huge_pages
 from quartet.kernels.cpu.native.structures import Quantized
@@ -136,6 +137,7 @@ class QuantizedWeight:
 
     def _keep(self, numbers: torch.Tensor, scales: torch.Tensor, source: RowSource | None = None) -> None:
         self.numbers, self.scales, self.source = numbers, scales, source
+        addresses.moved()
         self._arguments: dict[bool, Quantized] = {}  # made once: a product takes as long as making some of them
 
     def release(self) -> None:

@@ -83,6 +83,7 @@ class Product(ctypes.Structure):
         ("additions", ctypes.POINTER(Additions)),
         ("x_tiles", ctypes.c_int32),
         ("out_tiles", ctypes.c_int32),
+        ("next", ctypes.c_void_p),
     )
 
 
@@ -301,6 +302,7 @@ class Step(ctypes.Structure):
         ("wanted", ctypes.c_int64),
         ("wanted_rows", ctypes.c_void_p),
         ("wanted_starts", ctypes.c_void_p),
+        ("final", Norm),
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from deploy.benchmarks.expanded_model import reorder, widen
+from deploy.benchmarks.expanded_model import main, reorder, widen
 
 SHAPE = {
     "vocab_size": 61,
@@ -56,3 +56,13 @@ def test_a_wider_model_has_zeros_behind_its_own_channels_and_heads():
 def test_a_width_that_makes_no_whole_heads_is_refused(width):
     with pytest.raises(SystemExit, match=f"--width {width} is not a multiple of 32 from 96 on"):
         widen(random_model("qwen2", tied=False), width)
+
+
+@pytest.mark.parametrize("contents", [None, b"", b"GGU", b"no GGUF file"])
+def test_what_is_no_gguf_file_is_refused(contents, tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    if contents is not None:
+        path.write_bytes(contents)
+    monkeypatch.setattr("sys.argv", ["expanded_model", str(path), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"model\.gguf is not a (GGUF )?file"):
+        main()

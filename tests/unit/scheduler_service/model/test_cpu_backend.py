@@ -92,7 +92,7 @@ def test_layers_have_the_same_bits_in_one_call_and_one_by_one(family, quantizati
     kernels = library.library()
     can_attend = kernels is not None and kernels.has_attention
     assert (together.worker.model.backend.together is not None) == can_attend
-    monkeypatch.setattr(CpuBackend, "run_layers", lambda *_: None)
+    monkeypatch.setattr(CpuBackend, "run_layers", lambda *_, **__: None)
     expected = logprobs(Engine(directory, dtype="bfloat16", quantization=quantization))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 

@@ -191,6 +191,15 @@ def test_tensors_that_do_not_begin_a_block_of_rows_are_not_kept_so():
     assert set(schemes_of("int8", layout, torch.bfloat16, CPU, None)) == {("down", (0,))}
 
 
+def test_the_log_names_what_is_not_quantized(tmp_path, caplog):
+    caplog.set_level("INFO")
+    weights_of(checkpoints.random_model(tmp_path / "even", 0), quantization="int4")
+    assert "Not quantized" not in caplog.text
+    odd = checkpoints.random_model(tmp_path / "odd", 0, num_key_value_heads=1, head_dim=20)
+    assert "qkv" not in {buffer for buffer, _ in weights_of(odd, quantization="int4").schemes}
+    assert "Not quantized: qkv." in caplog.text
+
+
 def test_a_buffer_is_kept_in_one_way():
     layout = Layout()
     layout.add("qkv", (0,), [("q", 16), ("k", 16)], 32)

@@ -1,0 +1,30 @@
+/* Which panels a thread takes of a product of few rows, and what it asks for of the next product's weight. */
+#pragma once
+
+#include "plan.h"
+
+#define FEW_TURNS 4    /* least that a thread has where the threads take several panels of few rows at once */
+#define CHUNK_PANELS 8 /* most panels that a thread takes at once */
+#define ASKED_OF_NEXT 16384 /* bytes of each block of the next product's first panel that are asked for */
+
+/* Panels of few rows that a thread takes at once. */
+INLINE int64_t few_panels(int64_t panels, int64_t threads) {
+    int64_t even = panels / (threads * FEW_TURNS);
+    return even < 1 ? 1 : even < CHUNK_PANELS ? even : CHUNK_PANELS;
+}
+
+/* Ask for what this thread reads first of the next product's weight, for one row: memory has nothing to do until all threads
+ * are here, and what is between the two is done. */
+INLINE void ask_for_next(const struct product *p, int thread, int threads) {
+    int64_t depth = round_up(p->k, TILE_DEPTH), columns = round_up(p->n, LANES) / LANES;
+    int width = p->output == OUTPUT_GATED ? FEW_BLOCKS / 2 : FEW_BLOCKS;
+    columns = p->output == OUTPUT_GATED ? columns / 2 : columns;
+    int64_t first = thread * few_panels((columns + width - 1) / width, threads) * width;
+    int64_t bytes = p->quantized.numbers ? depth * 2 * p->quantized.bits : depth * LANES * 2;
+    for (int place = 0; place < FEW_BLOCKS && first + place % width < columns; place++) {
+        int64_t block = first + place % width + (place < width ? 0 : columns);
+        const char *from = (p->quantized.numbers ? (const char *)p->quantized.numbers : (const char *)p->packed) + block * bytes;
+        for (int64_t at = 0; at < bytes && at < ASKED_OF_NEXT; at += CACHE_LINE)
+            _mm_prefetch(from + at, ASKED_TO);
+    }
+}

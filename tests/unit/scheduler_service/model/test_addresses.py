@@ -1,0 +1,75 @@
+"""Whoever moves what structures of C code point to counts it, and the layers then follow."""
+
+import pytest
+import torch
+
+from quartet.kernels.cpu import addresses
+from quartet.kernels.cpu.linear import Linear
+from quartet.kernels.cpu.native import build
+from quartet.kernels.cpu.native.quantized import INT8, QuantizedWeight
+from quartet.scheduler_service.execution.kv_cache import KVCache
+from quartet.scheduler_service.model.batch import AttentionSpec
+from quartet.scheduler_service.weights.parameters import Layout, Weights
+from tests import checkpoints
+from tests.engine import ALL_LOGPROBS, Engine
+
+CPU = torch.device("cpu")
+PROMPT = list(range(10, 31))
+
+
+def weights() -> Weights:
+    layout = Layout()
+    layout.add("norm", (), [("norm", 32)], None)
+    made = Weights(layout, torch.bfloat16, CPU)
+    made.slab("norm")
+    return made
+
+
+def exchanged_weights() -> None:
+    weights().take_over(weights(), {"norm"}, [])
+
+
+def exchanged_blocks() -> None:
+    QuantizedWeight(16, 32, INT8).exchange(QuantizedWeight(16, 32, INT8))
+
+
+MOVES = {
+    "weights exchanged": exchanged_weights,
+    "weights given back": lambda: weights().release(),
+    "weights taken again": lambda: weights().allocate(),
+    "a slab lent": lambda: weights().lend(torch.empty(32, dtype=torch.bfloat16), "norm"),
+    "blocks exchanged": exchanged_blocks,
+    "blocks given back": lambda: QuantizedWeight(16, 32, INT8).release(),
+    "a weight packed again": lambda: Linear(torch.zeros(16, 32), None).adopt(None),
+    "pools": lambda: KVCache([AttentionSpec(0, 2, 1, 32, 1.0)], 4, 16, torch.bfloat16, CPU).allocate(),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_a_move_is_counted(move):
+    before = addresses.moves()
+    move()
+    assert addresses.moves() > before
+
+
+@pytest.mark.skipif(not build.is_possible(), reason="no compiler, or another kind of machine")
+def test_norms_that_move_alone_are_followed(tmp_path):
+    directory = checkpoints.random_model(tmp_path, 0)
+    served, fresh = (Engine(directory, dtype="bfloat16", disable_radix_cache=True) for _ in range(2))
+    own, other = (engine.worker.model.weights for engine in (served, fresh))
+    names = {name for name, place in own.layout.places.items() if "norm" in place.buffer}
+    staged = own.staging()
+    staged.fill_random(seed=7)
+    for name in names:
+        other.view(name).copy_(staged.view(name))
+    before = scores(served)  # after `staging`, which may move something
+    own.take_over(staged, names, [])
+    after = scores(served)
+    assert after != before
+    assert after == scores(fresh)
+
+
+def scores(engine: Engine) -> list[float]:
+    rid = engine.add(PROMPT, logprobs=ALL_LOGPROBS)
+    engine.run()
+    return engine.answers[rid].logprobs.values
