@@ -167,7 +167,7 @@ def test_steps_with_adapters_are_one_call_with_the_bits_of_single_ones(
     assert len({tuple(each) for each in together[: len(NAMES)]}) == len(NAMES), "the adapters change something"
     alone = [served.logprobs([name])[0] for name in NAMES]
     assert together == alone * 2, "a row's bits do not depend on its company"
-    monkeypatch.setattr(CpuBackend, "run_layers", lambda *_: None)
+    monkeypatch.setattr(CpuBackend, "run_layers", lambda *_, **__: None)
     assert served.logprobs(NAMES * 2) == together
 
 
