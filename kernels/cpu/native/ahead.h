@@ -7,10 +7,18 @@
 #define CHUNK_PANELS 8 /* most panels that a thread takes at once */
 #define ASKED_OF_NEXT 16384 /* bytes of each block of the next product's first panel that are asked for */
 
-/* Panels of few rows that a thread takes at once. */
-INLINE int64_t few_panels(int64_t panels, int64_t threads) {
-    int64_t even = panels / (threads * FEW_TURNS);
-    return even < 1 ? 1 : even < CHUNK_PANELS ? even : CHUNK_PANELS;
+/* Into how many chunks, which a thread takes at once, panels of few rows are divided: as many for each thread. */
+INLINE int64_t few_chunks(int64_t panels, int64_t threads) {
+    int64_t turns = (panels + threads * CHUNK_PANELS - 1) / (threads * CHUNK_PANELS);
+    if (panels < 2 * threads * FEW_TURNS)
+        return panels;
+    return threads * (turns < FEW_TURNS ? FEW_TURNS : turns);
+}
+
+/* Where a chunk begins: the first ones have one panel more where the panels cannot be divided. */
+INLINE int64_t chunk_begin(int64_t panels, int64_t chunks, int64_t chunk) {
+    int64_t more = panels % chunks;
+    return chunk * (panels / chunks) + (chunk < more ? chunk : more);
 }
 
 /* Ask for what this thread reads first of the next product's weight, for one row: memory has nothing to do until all threads
@@ -19,7 +27,8 @@ INLINE void ask_for_next(const struct product *p, int thread, int threads) {
     int64_t depth = round_up(p->k, TILE_DEPTH), columns = round_up(p->n, LANES) / LANES;
     int width = p->output == OUTPUT_GATED ? FEW_BLOCKS / 2 : FEW_BLOCKS;
     columns = p->output == OUTPUT_GATED ? columns / 2 : columns;
-    int64_t first = thread * few_panels((columns + width - 1) / width, threads) * width;
+    int64_t panels = (columns + width - 1) / width, chunks = few_chunks(panels, threads);
+    int64_t first = chunk_begin(panels, chunks, thread) * width;
     int64_t bytes = p->quantized.numbers ? depth * 2 * p->quantized.bits : depth * LANES * 2;
     for (int place = 0; place < FEW_BLOCKS && first + place % width < columns; place++) {
         int64_t block = first + place % width + (place < width ? 0 : columns);

@@ -145,7 +145,7 @@ static void compute_integers(const struct plan *plan, int64_t first, int64_t row
 struct block {
     struct plan *plan;
     int64_t first, rows;
-    int64_t chunk;     /* panels that a thread takes at once */
+    int64_t count;     /* of chunks of panels: a thread takes one at once */
     float *kept;       /* sums between pieces of k, or null */
     int64_t kept_size; /* of each thread */
     bf16 *expanded;    /* a panel of the weight, or null */
@@ -206,8 +206,8 @@ static void compute_block(void *argument, int thread, int threads) {
     float *kept = block->kept ? block->kept + thread * block->kept_size : 0;
     long chunk;
     while ((chunk = quartet_take(&block->chunks, thread)) >= 0) {
-        int64_t begin = chunk * block->chunk, end = begin + block->chunk;
-        end = end < plan->panels ? end : plan->panels;
+        int64_t begin = chunk_begin(plan->panels, block->count, chunk);
+        int64_t end = chunk_begin(plan->panels, block->count, chunk + 1);
         if (plan->integers) {
             compute_integers(plan, block->first, block->rows, begin, end);
             continue;
@@ -263,7 +263,7 @@ INLINE int64_t even_part(int64_t depth, int64_t most) {
 }
 
 static int run_block(struct plan *plan, int64_t first, int64_t rows) {
-    struct block block = {.plan = plan, .first = first, .rows = rows, .chunk = 1};
+    struct block block = {.plan = plan, .first = first, .rows = rows, .count = plan->panels};
     int threads = plan->p->threads, many_in_groups = plan->grouped && (on_tiles(plan->p) || rows > plan->grid_rows);
     int tiles = plan->tiled || many_in_groups;
     int expands = plan->p->quantized.numbers && !plan->integers && !plan->grouped, many = rows > MANY_ROWS, deep;
@@ -274,15 +274,15 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
     else if (deep)
         plan->piece = even_part(plan->depth, in_steps(plan) ? VECTOR_STEP_BLOCK : plan->tiled && many ? STEP_BLOCK : DEPTH_BLOCK);
     if (in_steps(plan) && !deep) {
-        block.chunk = 1;
+        block.count = plan->panels;
     } else if (tiles || many) {
         int64_t most = threads * (deep && tiles && many ? CHUNK_OF_PIECES : CHUNK_PANELS);
         int64_t turns = (plan->panels + most - 1) / most; /* of each thread */
-        block.chunk = (plan->panels + threads * turns - 1) / (threads * turns);
+        block.count = plan->panels < threads * turns ? plan->panels : threads * turns;
     } else {
-        block.chunk = few_panels(plan->panels, threads);
+        block.count = few_chunks(plan->panels, threads);
     }
-    quartet_share(&block.chunks, (plan->panels + block.chunk - 1) / block.chunk, threads);
+    quartet_share(&block.chunks, block.count, threads);
     if (plan->tiled && (expands || many))
         plan->step = even_part(plan->piece, expands && rows <= 2 * MANY_ROWS ? FEW_STEP_BLOCK : STEP_BLOCK);
     else if (in_steps(plan) && plan->padded_rows > GRID_ROWS)
@@ -291,7 +291,7 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
         plan->step = plan->piece;
     place_scales(plan);
     if (plan->step < plan->depth || plan->grouped) {
-        int64_t panels = plan->piece < plan->depth ? block.chunk : 1;
+        int64_t panels = plan->piece < plan->depth ? (plan->panels + block.count - 1) / block.count : 1;
         block.kept_size = panels * plan->padded_rows * plan->blocks * LANES;
         block.kept = quartet_scratch(1, threads * block.kept_size * 4);
         if (!block.kept)
