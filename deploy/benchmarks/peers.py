@@ -10,7 +10,8 @@ A variant is Quartet with more flags, beside the plain one.
 In every round each server is started, waited for, warmed up, measured under every load and stopped; the order turns
 from round to round, so that a machine that changes its speed changes it for all. Figures are taken by the client: wall
 clock, tokens counted by the server, and a request that did not end with the asked number of tokens fails the visit. The
-client shares the cores. A peer whose program is not there is named and left out, as are servers of model directories
+client shares the cores. Before and behind each visit the speed of memory is measured: ratios of single streams between
+runs, or between kinds of weights, say nothing where it changed. A peer whose program is not there is named and left out, as are servers of model directories
 for a GGUF file. Run it when nothing else runs: the load of the machine before each visit is in the result.
 """
 
@@ -34,11 +35,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from deploy.benchmarks import half_billion
 from deploy.benchmarks.serve_vs_transformers import free_port, machine
 from deploy.benchmarks.structured_output import HALF_BILLION
 
 READY_S, REQUEST_S, STOP_S = 420, 600, 40
+READ_BYTES, READS = 1 << 29, 5
 FIRST_ID, LAST_ID = 1000, 150_000
 MOST_RUNNING, POOL_TOKENS = 64, 98_304
 
@@ -214,14 +218,26 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         return
 
 
+def memory_speed() -> float:
+    """GB/s at which all cores together read memory now. On a shared machine a single stream follows it up and down."""
+    numbers = torch.ones(READ_BYTES // 4)
+    took = []
+    for _ in range(READS):
+        begin = time.perf_counter()
+        numbers.sum()
+        took.append(time.perf_counter() - begin)
+    return READ_BYTES / 1e9 / statistics.median(took)
+
+
 def visit(peer: Peer, loads: list[Load], round: int, log: Path) -> dict[str, Any]:
-    """All figures of one start of a peer: {load: {figure: value}}, "start to ready s" and the load of the machine."""
-    load_before = os.getloadavg()[0]
+    """All figures of one start of a peer: {load: {figure: value}}, "start to ready s" and what the machine was like."""
+    load_before, memory = os.getloadavg()[0], [memory_speed()]
     with serving(peer, log) as (port, ready_s):
         for warm_up in WARM_UP:
             measure(port, peer.api, warm_up, round)
         found = {load.name: measure(port, peer.api, load, round) for load in loads}
-    return {"load before": load_before, "start": {"start to ready s": ready_s}, **found}
+    memory.append(memory_speed())
+    return {"load before": load_before, "memory GB/s": memory, "start": {"start to ready s": ready_s}, **found}
 
 
 def rows(visits: dict[str, list[dict[str, Any]]], loads: list[Load]) -> list[dict[str, Any]]:

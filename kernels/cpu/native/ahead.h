@@ -1,4 +1,4 @@
-/* Which panels a thread takes of a product of few rows, and what it asks for of the next product's weight. */
+/* Which panels of a product a thread takes at once, and what it asks for of the next product's weight. */
 #pragma once
 
 #include "plan.h"
@@ -32,8 +32,9 @@ INLINE void ask_for_next(const struct product *p, int thread, int threads) {
     int64_t bytes = p->quantized.numbers ? depth * 2 * p->quantized.bits : depth * LANES * 2;
     for (int place = 0; place < FEW_BLOCKS && first + place % width < columns; place++) {
         int64_t block = first + place % width + (place < width ? 0 : columns);
-        const char *from = (p->quantized.numbers ? (const char *)p->quantized.numbers : (const char *)p->packed) + block * bytes;
+        const char *from = (p->quantized.numbers ? (const char *)p->quantized.numbers : (const char *)p->packed) +
+                           block * bytes;
         for (int64_t at = 0; at < bytes && at < ASKED_OF_NEXT; at += CACHE_LINE)
-            _mm_prefetch(from + at, ASKED_TO);
+            _mm_prefetch(from + at, _MM_HINT_T1); /* it is more than the first cache has room for */
     }
 }

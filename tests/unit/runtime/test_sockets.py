@@ -1,7 +1,9 @@
 """Frames on the ring's sockets: what goes in comes out, and hostile bytes come to nothing."""
 
+import asyncio
 import socket
 import tempfile
+import threading
 
 import msgspec
 import pytest
@@ -17,6 +19,7 @@ from quartet.runtime.sampling import SamplingParams
 from quartet.runtime.sockets import (
     IPC_PATH_MAX,
     UNREADABLE,
+    AsyncInbox,
     FrameTooLarge,
     Inbox,
     Outbox,
@@ -117,6 +120,45 @@ def test_everything_that_waits_is_received_at_once_in_the_order_of_sending(addre
     assert received == MESSAGES
     outbox.close()
     inbox.close()
+
+
+def test_an_inbox_waits_as_long_as_it_is_told(address):
+    inbox, outbox = Inbox(address), Outbox(address)
+    try:
+        assert inbox.recv(0.0) == [] == inbox.recv(0.01)
+        later = threading.Timer(0.05, outbox.send, [MESSAGES])
+        later.start()
+        assert inbox.recv(None) == MESSAGES
+        assert inbox.recv(0.01) == []
+        later.join()
+    finally:
+        inbox.close()
+        outbox.close()
+
+
+def test_an_event_loop_gets_frames_one_by_one_and_bursts_in_order(address):
+    async def received() -> list[Abort]:
+        inbox, outbox, got = AsyncInbox(address), Outbox(address), []
+        try:
+            for number in range(3):  # each is waited for
+                waiting = asyncio.ensure_future(inbox.recv())
+                await asyncio.sleep(0.01)
+                outbox.send([Abort(rid=str(number))])
+                got += await asyncio.wait_for(waiting, 10)
+            for number in range(3, 200):  # before anybody waits
+                outbox.send([Abort(rid=str(number))])
+                await asyncio.sleep(0)
+            while len(got) < 200:
+                got += await asyncio.wait_for(inbox.recv(), 10)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(inbox.recv(), 0.01)
+            outbox.send([Abort(rid="200")])
+            return got + await asyncio.wait_for(inbox.recv(), 10)
+        finally:
+            inbox.close()
+            outbox.close()
+
+    assert [message.rid for message in asyncio.run(received())] == [str(number) for number in range(201)]
 
 
 def test_an_empty_list_is_not_sent(address):
