@@ -10,9 +10,9 @@ A variant is Quartet with more flags, beside the plain one.
 In every round each server is started, waited for, warmed up, measured under every load and stopped; the order turns
 from round to round, so that a machine that changes its speed changes it for all. Figures are taken by the client: wall
 clock, tokens counted by the server, and a request that did not end with the asked number of tokens fails the visit. The
-client shares the cores. Before and behind each visit the speed of memory is measured: ratios of single streams between
-runs, or between kinds of weights, say nothing where it changed. A peer whose program is not there is named and left out, as are servers of model directories
-for a GGUF file. Run it when nothing else runs: the load of the machine before each visit is in the result.
+client shares the cores. A peer whose program is not there is named and left out, as are servers of model directories
+for a GGUF file. Run it when nothing else runs: the load of the machine before each visit is in the result, and how fast
+memory was before and behind it. Where memory changed its speed, ratios of single streams say little.
 """
 
 import argparse
