@@ -213,4 +213,6 @@ def require_json(http: Request) -> None:
     """The OpenAI endpoints insist on the content type."""
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise RequestError("Unsupported Media Type: Only 'application/json' is allowed")
+        raise RequestError(
+            "Unsupported Media Type: Only 'application/json' is allowed; send the header Content-Type: application/json"
+        )

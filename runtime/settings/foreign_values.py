@@ -20,13 +20,21 @@ OTHER_BACKENDS = {"aiter", "cutlass_mla", "dual_chunk_flash_attn", "fa3", "fa4",
     "wave",
 }
 
+STORED_KINDS = {"awq", "awq_marlin", "bitsandbytes", "compressed-tensors", "fbgemm_fp8", "fp8", "gguf", "gptq"} | {
+    "gptq_marlin",
+    "marlin",
+    "mxfp4",
+    "torchao",
+}
+
 VALUES: dict[tuple[str, str], Value] = {
     ("schedule_policy", "random"): Value("fcfs", "promises no order; fcfs is used"),
     ("schedule_policy", "dfs-weight"): Value("lpm", "groups shared prefixes, as lpm does; that is used"),
     **{
-        ("quantization", name): Value(None, "is found in the checkpoint; auto is used")
-        for name in ("None", "null", "gguf", "gptq", "awq", "fp8", "fbgemm_fp8")
+        ("quantization", name): Value(None, "quantizes nothing here; auto is used, which keeps what a checkpoint has")
+        for name in sorted(STORED_KINDS)
     },
+    **{("quantization", name): Value(None, "is auto here: what a checkpoint has is kept") for name in ("None", "null")},
     ("ssl_cert_reqs", "0"): Value("none", "is the value none here"),
     ("ssl_cert_reqs", "1"): Value("optional", "is the value optional here"),
     ("ssl_cert_reqs", "2"): Value("required", "is the value required here"),

@@ -64,6 +64,10 @@ def test_a_switch_can_be_turned_off():
         (["--confg", "f"], "unknown flag --confg; did you mean --config?"),
         (["--zzz"], "unknown flag --zzz; `quartet serve --help-all` lists them all"),
         (["demo", "again"], "unexpected argument 'again'; flags start with --"),
+        (
+            ["--port", "1", "demo"],
+            "unexpected argument 'demo'; a model stands in front of all flags, or behind --model-path",
+        ),
         (["--trust-remote-code"], "--trust-remote-code is not supported: Quartet never runs code"),
         (["--speculative-draft-model-path", "x"], "is not supported: Quartet runs no draft model"),
         (["--speculative-num-draft-tokens", "65"], "takes integer <= 64, not '65'"),
