@@ -70,16 +70,11 @@ class CpuBackend:
         paged = cast(PagedAttend, context)
         if (table := paged.page_table()) is None:
             return None
-        which_pools = paged.begin_pages()
-
-        def pools() -> list[tuple[torch.Tensor, torch.Tensor]]:
-            return [paged.pools(layer.attention.spec.layer) for layer in layers]  # several may read one
-
+        which = paged.begin_pages()
+        pools = lambda: [paged.pools(layer.attention.spec.layer) for layer in layers]  # noqa: E731 (several may read one)
         has_kernel = final is not None and not final.centred and final.ranks is None
-        own = norm_weight(final) if has_kernel else None
-        found = self.together.run(
-            residual, rotations, paged.places, table, pools, which_pools, inputs, stack, paged.wanted, own
-        )
+        own, wanted = norm_weight(final) if has_kernel else None, paged.wanted
+        found = self.together.run(residual, rotations, paged.places, table, pools, which, inputs, stack, wanted, own)
         return found if has_kernel else self.normed(found, final)
 
     def watch_rows(self, on_rows: Callable[[torch.Tensor | None], None]) -> None:
