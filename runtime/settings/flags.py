@@ -273,7 +273,8 @@ def refuse_positional(rest: Sequence[str], words: Sequence[str]) -> None:
     if flag in secret_spellings():  # it may be a key, so it is not repeated here
         raise UsageError(f"unexpected argument behind {flag}; several keys are separated by commas")
     has_model = any(word.split("=")[0] == "--model-path" for word in words)
-    where = "flags start with --" if has_model else "a model stands in front of all flags, or behind --model-path"
+    named = "flags start with --, and a model is named by --model-path"
+    where = named if has_model else "a model stands in front of all flags, or behind --model-path"
     raise UsageError(f"unexpected argument {rest[0]!r}; {where}")
 
 
