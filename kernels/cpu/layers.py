@@ -231,10 +231,10 @@ class Layers:
         """The residual stream (rows, hidden) through all layers, in place; or the `stack` (rows, streams, hidden).
 
         Returns it; of rows that are `wanted` it may be these alone, and the rest of the memory is anything. `final`: a
-        norm of what is returned, where there is one stream. By rope:
-        rotations as Library.rotate takes them. By layer: pools, to whose places `slots` (rows,) int64 keys and values
-        go, and which `table` describes (asked for only if `which_pools`, a number of addresses.moved(), is another one
-        than before); and inputs of their own (layers, rows, size), if they have such.
+        norm of what is returned, where there is one stream. By rope: rotations as Library.rotate takes them. By layer:
+        pools, to whose places `slots` (rows,) int64 keys and values go, and which `table` describes (asked for only if
+        something has moved, or `which_pools`, a number of addresses.moved(), is another one than before); and inputs of
+        their own (layers, rows, size), if they have such.
         """
         native.check_matrix(residual)
         rows = len(residual)

@@ -272,7 +272,7 @@ def refuse_positional(rest: Sequence[str], words: Sequence[str]) -> None:
     flag = next((word for word in reversed(words[: words.index(rest[0])]) if is_flag(word)), "").split("=")[0]
     if flag in secret_spellings():  # it may be a key, so it is not repeated here
         raise UsageError(f"unexpected argument behind {flag}; several keys are separated by commas")
-    has_model = any(word.split("=")[0] == "--model-path" for word in words)
+    has_model = any(word.split("=")[0] in settings()["model_path"].spellings for word in words)
     named = "flags start with --, and a model is named by --model-path"
     where = named if has_model else "a model stands in front of all flags, or behind --model-path"
     raise UsageError(f"unexpected argument {rest[0]!r}; {where}")

@@ -82,6 +82,7 @@ class KVCache:
     def release(self) -> None:
         """Give the pool's memory back; nothing may compute until `allocate`."""
         self.keys, self.values = {}, {}
+        self.moved = addresses.moved()
 
     def write(self, layer: int, placement: Placement, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put k and v (tokens, kv_heads, dim) in their places."""

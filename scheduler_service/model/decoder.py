@@ -208,10 +208,6 @@ class Decoder:
         steps = (positions + scale.first).div(scale.length, rounding_mode="floor")
         return (1 + scale.beta * torch.log1p(steps)).view(-1, 1, 1)
 
-    def normed(self, residual: torch.Tensor) -> torch.Tensor:
-        """The final norm."""
-        return self.backend.normed(residual, self.norm)
-
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """(rows, hidden) → float32 (rows, vocab), into `out` if there is one."""
         assert self.lm_head is not None, "an embedder predicts no next token"

@@ -64,6 +64,7 @@ def test_a_switch_can_be_turned_off():
         (["--confg", "f"], "unknown flag --confg; did you mean --config?"),
         (["--zzz"], "unknown flag --zzz; `quartet serve --help-all` lists them all"),
         (["demo", "again"], "unexpected argument 'again'; flags start with --"),
+        (["--model", "demo", "again"], "unexpected argument 'again'; flags start with --"),
         (
             ["--port", "1", "demo"],
             "unexpected argument 'demo'; a model stands in front of all flags, or behind --model-path",

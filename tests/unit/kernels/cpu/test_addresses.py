@@ -25,30 +25,33 @@ def weights() -> Weights:
     return made
 
 
-def exchanged_weights() -> None:
-    weights().take_over(weights(), {"norm"}, [])
+def blocks() -> QuantizedWeight:
+    return QuantizedWeight(16, 32, INT8)
 
 
-def exchanged_blocks() -> None:
-    QuantizedWeight(16, 32, INT8).exchange(QuantizedWeight(16, 32, INT8))
+def pools() -> KVCache:
+    return KVCache([AttentionSpec(0, 2, 1, 32, 1.0)], 4, 16, torch.bfloat16, CPU)
 
 
-MOVES = {
-    "weights exchanged": exchanged_weights,
-    "weights given back": lambda: weights().release(),
-    "weights taken again": lambda: weights().allocate(),
-    "a slab lent": lambda: weights().lend(torch.empty(32, dtype=torch.bfloat16), "norm"),
-    "blocks exchanged": exchanged_blocks,
-    "blocks given back": lambda: QuantizedWeight(16, 32, INT8).release(),
-    "a weight packed again": lambda: Linear(torch.zeros(16, 32), None).adopt(None),
-    "pools": lambda: KVCache([AttentionSpec(0, 2, 1, 32, 1.0)], 4, 16, torch.bfloat16, CPU).allocate(),
+MOVES = {  # what is made before, and what is done with it
+    "weights exchanged": ((weights, weights), lambda own, other: own.take_over(other, {"norm"}, [])),
+    "weights given back": ((weights,), Weights.release),
+    "weights taken again": ((weights,), Weights.allocate),
+    "a slab lent": ((weights,), lambda own: own.lend(torch.empty(32, dtype=torch.bfloat16), "norm")),
+    "blocks exchanged": ((blocks, blocks), QuantizedWeight.exchange),
+    "blocks given back": ((blocks,), QuantizedWeight.release),
+    "blocks kept elsewhere": ((blocks,), lambda own: own.keep_elsewhere(lambda rows: rows)),
+    "a weight packed again": ((lambda: Linear(torch.zeros(16, 32), None),), lambda own: own.adopt(None)),
+    "pools taken again": ((pools,), KVCache.allocate),
+    "pools given back": ((pools,), KVCache.release),
 }
 
 
-@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
-def test_a_move_is_counted(move):
+@pytest.mark.parametrize(("made", "move"), MOVES.values(), ids=MOVES)
+def test_a_move_is_counted(made, move):
+    objects = [make() for make in made]
     before = addresses.moves()
-    move()
+    move(*objects)
     assert addresses.moves() > before
 
 
