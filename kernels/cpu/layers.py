@@ -115,20 +115,6 @@ class Layer:
         return [self.query_norm, self.key_norm, self.value_norm]
 
     @property
-    def norms(self) -> list[NormWeight | None]:
-        """Its norms."""
-        own = [] if self.own_input is None else [self.own_input.norm]
-        streams = [] if self.streams is None else self.streams.norms
-        around = [self.before_attention, self.after_attention]
-        return [*around, *self.head_norms, *self.feed_forward.norms, *own, *streams]
-
-    @property
-    def vectors(self) -> list[torch.Tensor]:
-        """Its other weights."""
-        own = [] if self.output_scale is None else [self.output_scale]
-        return own if self.streams is None else [*own, *self.streams.vectors]
-
-    @property
     def last_norm(self) -> NormWeight | None:
         """That of what is added last, if the kernels of whole rows add it: they scale the sum."""
         if self.own_input is not None:
@@ -278,7 +264,7 @@ class Layers:
         self.pool_tokens = min(keys.shape[1] for keys, _ in own)
 
     def link(self, place: int, layer: Layer) -> None:
-        """Say which product follows which: what is read first of its weight is asked for while threads wait."""
+        """Say which product follows which: the beginning of its weight is prefetched while threads wait."""
         parts = [(place, "qkv"), (place, "output")]
         if isinstance(layer.feed_forward, Mlp) and layer.streams is None:
             parts += [(place, "gate_up"), (place, "down")]

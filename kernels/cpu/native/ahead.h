@@ -1,13 +1,14 @@
-/* Which panels of a product a thread takes at once, and what it asks for of the next product's weight. */
+/* Which panels of a product a thread takes at once, and what it prefetches of the next product's weight. */
 #pragma once
 
 #include "plan.h"
 
 #define FEW_TURNS 4    /* least that a thread has where the threads take several panels of few rows at once */
 #define CHUNK_PANELS 8 /* most panels that a thread takes at once */
-#define ASKED_OF_NEXT 16384 /* bytes of each block of the next product's first panel that are asked for */
+#define PREFETCHED 16384 /* bytes, of each block of the next product's first panel */
 
-/* Into how many chunks, which a thread takes at once, panels of few rows are divided: as many for each thread. */
+/* Into how many chunks panels of few rows are divided, of which a thread takes one at once: as many for each thread, or where
+ * that would be a panel or two in a chunk, one for each panel. */
 INLINE int64_t few_chunks(int64_t panels, int64_t threads) {
     int64_t turns = (panels + threads * CHUNK_PANELS - 1) / (threads * CHUNK_PANELS);
     if (panels < 2 * threads * FEW_TURNS)
@@ -21,9 +22,9 @@ INLINE int64_t chunk_begin(int64_t panels, int64_t chunks, int64_t chunk) {
     return chunk * (panels / chunks) + (chunk < more ? chunk : more);
 }
 
-/* Ask for what this thread reads first of the next product's weight, for one row: memory has nothing to do until all threads
- * are here, and what is between the two is done. */
-INLINE void ask_for_next(const struct product *p, int thread, int threads) {
+/* Prefetch what this thread reads first of the next product's weight, for one row: memory is idle until all threads are
+ * here, and what is between the two is done. */
+INLINE void prefetch_next(const struct product *p, int thread, int threads) {
     int64_t depth = round_up(p->k, TILE_DEPTH), columns = round_up(p->n, LANES) / LANES;
     int width = p->output == OUTPUT_GATED ? FEW_BLOCKS / 2 : FEW_BLOCKS;
     columns = p->output == OUTPUT_GATED ? columns / 2 : columns;
@@ -34,7 +35,7 @@ INLINE void ask_for_next(const struct product *p, int thread, int threads) {
         int64_t block = first + place % width + (place < width ? 0 : columns);
         const char *from = (p->quantized.numbers ? (const char *)p->quantized.numbers : (const char *)p->packed) +
                            block * bytes;
-        for (int64_t at = 0; at < bytes && at < ASKED_OF_NEXT; at += CACHE_LINE)
+        for (int64_t at = 0; at < bytes && at < PREFETCHED; at += CACHE_LINE)
             _mm_prefetch(from + at, _MM_HINT_T1); /* it is more than the first cache has room for */
     }
 }

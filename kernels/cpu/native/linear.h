@@ -221,7 +221,7 @@ static void compute_block(void *argument, int thread, int threads) {
         compute_panels(plan, block->first, block->rows, begin, end, kept, expanded);
     }
     if (plan->p->next && plan->p->rows == 1)
-        ask_for_next(plan->p->next, thread, threads);
+        prefetch_next(plan->p->next, thread, threads);
     if (plan->tiled || plan->grouped)
         tiles_end();
 #if defined(__AMX_BF16__)
@@ -263,7 +263,7 @@ INLINE int64_t even_part(int64_t depth, int64_t most) {
 }
 
 static int run_block(struct plan *plan, int64_t first, int64_t rows) {
-    struct block block = {.plan = plan, .first = first, .rows = rows, .count = plan->panels};
+    struct block block = {.plan = plan, .first = first, .rows = rows};
     int threads = plan->p->threads, many_in_groups = plan->grouped && (on_tiles(plan->p) || rows > plan->grid_rows);
     int tiles = plan->tiled || many_in_groups;
     int expands = plan->p->quantized.numbers && !plan->integers && !plan->grouped, many = rows > MANY_ROWS, deep;

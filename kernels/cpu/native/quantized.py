@@ -126,10 +126,14 @@ class QuantizedWeight:
         assert scheme.row_bits == 8 or scheme == LONG_ROWS_INT8, scheme
         assert scheme.rotated in (0, *ROTATED_GROUPS), scheme
         self.rows, self.columns, self.scheme = rows, columns, scheme
-        self.allocate()
+        self._take_memory()
 
     def allocate(self) -> None:
-        """Take memory, with undefined contents."""
+        """Take memory again, with undefined contents."""
+        self._take_memory()
+        addresses.moved()
+
+    def _take_memory(self) -> None:
         numbers, scales = self.scheme.shapes(self.rows, self.columns)
         memory = in_huge_pages(torch.empty(self.scheme.nbytes(self.rows, self.columns), dtype=torch.uint8))
         size = torch.Size(numbers).numel()
@@ -137,7 +141,6 @@ class QuantizedWeight:
 
     def _keep(self, numbers: torch.Tensor, scales: torch.Tensor, source: RowSource | None = None) -> None:
         self.numbers, self.scales, self.source = numbers, scales, source
-        addresses.moved()
         self._arguments: dict[bool, Quantized] = {}  # made once: a product takes as long as making some of them
 
     def release(self) -> None:
@@ -147,6 +150,7 @@ class QuantizedWeight:
     def keep_elsewhere(self, source: RowSource | None) -> None:
         """Take no memory, and have rows read by `source` until some are written. No product may read such a weight."""
         self._keep(self.numbers.new_empty(0), self.scales.new_empty(0), source)
+        addresses.moved()
 
     def exchange(self, other: "QuantizedWeight") -> None:
         """Exchange the memory with a weight of the same shape and scheme."""
@@ -154,6 +158,7 @@ class QuantizedWeight:
         own = self.numbers, self.scales, self.source
         self._keep(other.numbers, other.scales, other.source)
         other._keep(*own)
+        addresses.moved()
 
     def copy_from(self, other: "QuantizedWeight") -> None:
         """Copy the values of a weight of the same shape and scheme."""

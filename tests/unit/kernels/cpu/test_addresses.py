@@ -55,6 +55,14 @@ def test_a_move_is_counted(made, move):
     assert addresses.moves() > before
 
 
+@pytest.mark.parametrize("make", [weights, blocks])
+def test_what_is_new_has_not_moved(make):
+    """So weights that are read for an update cost the steps beside them nothing."""
+    before = addresses.moves()
+    make()
+    assert addresses.moves() == before
+
+
 @pytest.mark.skipif(not build.is_possible(), reason="no compiler, or another kind of machine")
 def test_norms_that_move_alone_are_followed(tmp_path):
     directory = checkpoints.random_model(tmp_path, 0)
@@ -65,7 +73,7 @@ def test_norms_that_move_alone_are_followed(tmp_path):
     staged.fill_random(seed=7)
     for name in names:
         other.view(name).copy_(staged.view(name))
-    before = scores(served)  # after `staging`, which may move something
+    before = scores(served)
     own.take_over(staged, names, [])
     after = scores(served)
     assert after != before
