@@ -84,11 +84,17 @@ class Live:
         return next((m for m in self.outbox.messages if isinstance(m, Reply) and m.id == id), None)
 
     def wait(self, id: str) -> Reply:
-        deadline = time.monotonic() + DEADLINE_S
-        while (reply := self.reply(id)) is None:
-            assert time.monotonic() < deadline, f"command {id} is not answered"
-            self.step()
+        self.step_until(lambda: self.reply(id) is not None, f"command {id} is answered")
+        reply = self.reply(id)
+        assert reply is not None
         return reply
+
+    def step_until(self, done: Callable[[], object], what: str) -> None:
+        """Files are read by a thread: how many steps that takes depends on the machine."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not done():
+            assert time.monotonic() < deadline, f"waited {DEADLINE_S:.0f} s until {what}"
+            self.step()
 
     def tokens(self, rid: str) -> list[Tokens]:
         return [m for m in self.outbox.messages if isinstance(m, Tokens) and m.rid == rid]

@@ -37,10 +37,7 @@ def test_an_evicted_adapter_is_replaced_though_all_memory_is_in_use(tmp_path: Pa
     late = tokenized("y", range(5), 2)
     late.request.adapter = "b"
     live.send(late)
-    for _ in range(10_000):  # it is read once no request uses the other one
-        live.step()
-        if len(live.output("y")) == 2:
-            break
+    live.step_until(lambda: len(live.output("y")) == 2, "b is read, once no request uses a")
     assert len(live.output("x")) == 40 and len(live.output("y")) == 2
 
 

@@ -39,14 +39,15 @@ def begun(live: Live, tmp_path: Path) -> str:
     checkpoints.random_model(tmp_path / "b", 1)
     command = UpdateWeightsFromDisk(model_path=str(tmp_path / "b"), weight_version="B", waits_for_others=True)
     id = live.begin(command)
-    for _ in range(10_000):
-        if said(live):
-            break
-        live.step()
+    wait_prepared(live, id)
     live.step(STEPS)
     assert live.reply(id) is None
     assert live.worker.weight_version == "A"
     return id
+
+
+def wait_prepared(live: Live, id: str) -> None:
+    live.step_until(lambda: id in said(live), f"{id} is prepared")
 
 
 def said(live: Live) -> list[str]:
@@ -134,11 +135,7 @@ def test_an_adapter_that_not_all_can_load_is_served_by_none(tmp_path: Path) -> N
     for reason in ("another one cannot read it", ""):
         command = LoadAdapter(lora_name="x", lora_path=str(adapter), waits_for_others=True)
         id = live.begin(command)
-        for _ in range(10_000):
-            if id in said(live):
-                break
-            live.step()
-        assert id in said(live)
+        wait_prepared(live, id)
         assert not live.adapters.is_served("x")
         live.send(DecideChange(change=id, reason=reason))
         assert live.wait(id).success == (not reason)
