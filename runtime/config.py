@@ -366,6 +366,7 @@ class WeightScheme(msgspec.Struct, frozen=True, array_like=True):
     zero_point: int
     rotated: int = 0
     row_bits: int = 8
+    scale_bits: int = 16
 
 
 class ResolvedConfig(ServerConfig, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ gets the smallest scheme that holds the values of all (`Scheme.joined`).
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import reduce
 
 import torch
@@ -76,7 +76,8 @@ def schemes_of(
                 f"--quantization {choice} needs the kernels that gcc compiles at the first start; leave it out to "
                 "serve the model in its own number format"
             )
-        wanted = {slab: chosen_scheme(choice, slab, layout) for slab in slabs_of(layout)}
+        stored = {} if checkpoint is None else stored_schemes(layout, checkpoint)
+        wanted = {slab: chosen_scheme(choice, slab, layout, stored.get(slab)) for slab in slabs_of(layout)}
     elif can and checkpoint is not None and any(stored_scheme(checkpoint, name) for name in layout.places):
         if native.library() is None:
             return {}
@@ -86,10 +87,15 @@ def schemes_of(
     return whole_buffers(layout, wanted)
 
 
-def chosen_scheme(choice: str, slab: Slab, layout: Layout) -> Scheme:
-    """The scheme of a slab by --quantization int8 or int4."""
+def chosen_scheme(choice: str, slab: Slab, layout: Layout, stored: Scheme | None) -> Scheme:
+    """The scheme of a slab by --quantization int8 or int4, where the checkpoint stores it by `stored`.
+
+    Numbers that would be rounded a second time only because scales are bytes stay as they are.
+    """
     buffer, _ = slab
-    return int8_scheme(buffer, layout) if choice == "int8" else int4_scheme(buffer)
+    made = int8_scheme(buffer, layout) if choice == "int8" else int4_scheme(buffer)
+    wide = replace(made, scale_bits=16)
+    return wide if stored is not None and stored.joined(wide) == wide else made
 
 
 def int8_scheme(buffer: str, layout: Layout) -> Scheme:
@@ -128,7 +134,7 @@ def recorded(schemes: Schemes) -> list[WeightScheme]:
 def schemes_in(schemes: list[WeightScheme]) -> Schemes:
     """The schemes of a record: the reverse of `recorded`."""
     return {
-        (f.buffer, f.index): Scheme(f.bits, f.group_size, f.offsets, f.zero_point, f.rotated, f.row_bits)
+        (f.buffer, f.index): Scheme(f.bits, f.group_size, f.offsets, f.zero_point, f.rotated, f.row_bits, f.scale_bits)
         for f in schemes
     }
 

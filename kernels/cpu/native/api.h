@@ -10,6 +10,9 @@
 #define TILE_DEPTH 32   /* k of a packed weight is a multiple of this */
 #define CACHE_LINE 64
 
+#define SCALE_SHIFT 19 /* bits of a float below the upper four of its mantissa */
+#define ZERO_STEPS 16
+
 enum activation { ACTIVATION_SILU, ACTIVATION_GELU_TANH };
 
 enum output { OUTPUT_BF16, OUTPUT_FLOAT, OUTPUT_ADD, OUTPUT_GATED };
@@ -18,13 +21,18 @@ enum output { OUTPUT_BF16, OUTPUT_FLOAT, OUTPUT_ADD, OUTPUT_GATED };
  *
  * It lies in blocks of 16 columns of a product, those in units of 32 numbers in k (see quantized.h). Scales and offsets
  * are float16: for each unit, and for each of its halves where `halves` is 2, 16 scales and then 16 offsets, if any. In a
- * rotated weight the units of a group (rotated_group) have the same scales.
+ * rotated weight the units of a group (rotated_group) have one line of scales together.
+ *
+ * Or they are bytes, in units without halves. A block then begins with the least scale of each of its 16 columns, a power of
+ * two in bfloat16. The bits of a scale as a float are those of the least one plus its byte << SCALE_SHIFT: it has four bits
+ * of mantissa. An offset is -scale * byte / ZERO_STEPS.
  */
 struct quantized {
     const uint8_t *numbers; /* (blocks, units, 64 * bits); null: the weight is bfloat16 */
-    const uint16_t *scales; /* (blocks, units, halves, 1 + offsets, 16) */
+    const uint8_t *scales;  /* (blocks, units or groups, halves, 1 + offsets, 16), see above */
     int32_t bits;           /* 4, 5, 6 or 8 */
     int32_t halves, offsets, zero;
+    int32_t scale_bits; /* 16 or 8 */
     int32_t rotated; /* not 0: rows are rotated (hadamard.h), so many numbers have the same scale; 8 bits, no offsets or
                         halves, k a multiple of ROTATED */
     int32_t row_bits; /* of the integers that rows become: 8; or 16, with 8 bits, `zero` SIGN, no offsets or halves */

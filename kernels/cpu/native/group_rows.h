@@ -115,7 +115,7 @@ INLINE const uint8_t *group_numbers(const struct plan *plan, struct group_place 
     return quantized_numbers(&plan->p->quantized, plan->depth, block_of(plan, at.panel, place), at.from);
 }
 
-INLINE const uint16_t *group_scales(const struct plan *plan, struct group_place at, int place) {
+INLINE const uint8_t *group_scales(const struct plan *plan, struct group_place at, int place) {
     return quantized_scales(&plan->p->quantized, plan->depth, block_of(plan, at.panel, place), at.from);
 }
 

@@ -121,7 +121,7 @@ INLINE void compute_group(const struct plan *plan, int64_t first, int64_t rows, 
     job.first = !at.from;
     for (int block = 0; block < GROUP_BLOCKS; block++) {
         job.weight[block] = group_numbers(plan, at, block);
-        job.scales[block] = vec_load_half(group_scales(plan, at, block));
+        job.scales[block] = vec_load_half((const uint16_t *)group_scales(plan, at, block));
         job.ahead[block] = ahead[block] = group_numbers(plan, next, block);
         _mm_prefetch((const char *)group_scales(plan, next, block), ASKED_TO);
     }

@@ -168,7 +168,7 @@ INLINE void compute_group(const struct plan *plan, int64_t first, int64_t rows, 
     struct scaled scaled = {.kept = at.from ? 0xFFFF : 0, .out_stride = plan->p->out_stride};
     for (int place = 0; place < 2; place++) {
         job.weight[place] = group_numbers(plan, at, place);
-        scaled.scales[place] = vec_load_half(group_scales(plan, at, place));
+        scaled.scales[place] = vec_load_half((const uint16_t *)group_scales(plan, at, place));
         _mm_prefetch((const char *)group_scales(plan, next, place), _MM_HINT_T0);
     }
     for (int64_t row = 0; row < rows; row += GRID_ROWS) {

@@ -210,34 +210,41 @@ INLINE void store_integers(const struct integer_rows *x, int64_t row, int64_t un
     x->sums[(row * x->units + unit) * 2 + 1] = store_rounded(second, inverse, out + LANES);
 }
 
-/* sums (rows, blocks * 16) = x @ blocks; `bits`, `row_bits`, `rows` and `blocks` are constants of the caller, and where it
- * knows them `halves` and `offsets`. Numbers are asked for AHEAD bytes before they are needed, behind the end of a block those
+/* A kind of weight and of rows; constants of the caller where it knows them. */
+struct kind {
+    int bits, row_bits, halves, offsets, scale_bits;
+};
+
+/* sums (rows, blocks * 16) = x @ blocks; `rows` and `blocks` are constants of the caller, and of `kind` the bits. Numbers are asked for AHEAD bytes before they are needed, behind the end of a block those
  * of the block `after` it. */
-INLINE void multiply_units(const struct quantized *w, int bits, int row_bits, int halves, int offsets, int rows, int blocks,
-                           const struct integer_rows *x, int64_t row, const int64_t *columns, const int64_t *after,
-                           float *sums, int64_t stride) {
+INLINE void multiply_units(const struct quantized *w, struct kind kind, int rows, int blocks, const struct integer_rows *x,
+                           int64_t row, const int64_t *columns, const int64_t *after, float *sums, int64_t stride) {
+    const int bits = kind.bits, row_bits = kind.row_bits, halves = kind.halves, offsets = kind.offsets;
+    const int scale_bits = kind.scale_bits, lines = UNIT_LINES / halves;
     vec sum[4][4];
+    line least[4];
     const uint8_t *numbers[4], *soon[4];
     int64_t turn = x->units - AHEAD / (64 * bits); /* the unit from which on the next block is asked for */
-    const uint16_t *scales[4], *soon_scales[4]; /* of the blocks after: too few to be fetched by the time they are met */
-    int64_t half_numbers = (1 + offsets) * LANES;
-    int lines = UNIT_LINES / halves;
+    const uint8_t *scales[4], *soon_scales[4]; /* of the blocks after: too few to be fetched by the time they are met */
+    struct scale_lines by_block = scale_lines(w, x->depth);
 #pragma GCC unroll 4
     for (int block = 0; block < blocks; block++) {
         numbers[block] = quantized_numbers(w, x->depth, columns[block], 0);
-        scales[block] = quantized_scales(w, x->depth, columns[block], 0);
-        soon_scales[block] = quantized_scales(w, x->depth, after[block], 0);
+        scales[block] = w->scales + columns[block] * by_block.block + by_block.head;
+        soon_scales[block] = w->scales + after[block] * by_block.block + by_block.head;
+        least[block] = load_least(scale_bits, scales[block] - by_block.head);
         soon[block] = numbers[block] + AHEAD / (64 * bits) * (64 * bits);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++)
             sum[r][block] = vec_set(0.0f);
     }
     for (int64_t unit = 0; unit < x->units; unit++) {
+        int64_t place = (unit >> by_block.shift) * by_block.size;
         if (CROSSES_BLOCKS && unit == turn)
             for (int block = 0; block < blocks; block++)
                 soon[block] = quantized_numbers(w, x->depth, after[block], 0);
         for (int block = 0; CROSSES_BLOCKS && block < blocks; block++)
-            _mm_prefetch((const char *)(soon_scales[block] + unit * halves * half_numbers), ASKED_TO);
+            _mm_prefetch((const char *)(soon_scales[block] + place), ASKED_TO);
         for (int half = 0; half < halves; half++) {
             integers dot[4][4];
 #pragma GCC unroll 4
@@ -265,13 +272,13 @@ INLINE void multiply_units(const struct quantized *w, int bits, int row_bits, in
                             _mm_prefetch((const char *)ahead + line_number * 8 * bits, ASKED_TO);
 #pragma GCC unroll 4
                         for (int r = 0; r < rows; r++) {
-                            int64_t place = unit * TILE_DEPTH + line_number * 4;
+                            int64_t number_place = unit * TILE_DEPTH + line_number * 4;
                             int32_t four[2];
                             if (row_bits == 8) {
-                                memcpy(four, bytes_at(x, row + r, place), 4);
+                                memcpy(four, bytes_at(x, row + r, number_place), 4);
                                 dot[r][block] = add_dots(dot[r][block], w_line, four[0], bits);
                             } else {
-                                memcpy(four, words_at(x, row + r, place), 8);
+                                memcpy(four, words_at(x, row + r, number_place), 8);
                                 dot[r][block] = add_long_dots(dot[r][block], w_line, four);
                             }
                         }
@@ -280,20 +287,25 @@ INLINE void multiply_units(const struct quantized *w, int bits, int row_bits, in
             }
 #pragma GCC unroll 4
             for (int block = 0; block < blocks; block++) {
-                vec scale = vec_load_half(scales[block]);
+                const uint8_t *from = scales[block] + place + half * (by_block.size / 2);
+                vec scale = load_scales(scale_bits, from, least[block]);
 #pragma GCC unroll 4
                 for (int r = 0; r < rows; r++) {
                     float own = x->scales[(row + r) * x->units + unit];
                     vec some = integers_to_vec(dot[r][block]);
-                    sum[r][block] = vec_fma(some, vec_mul(scale, vec_set(own)), sum[r][block]);
+                    float total = 0;
                     if (offsets) {
                         const int32_t *both = x->sums + ((row + r) * x->units + unit) * 2;
-                        float total = (float)(halves == 2 ? both[half] : both[0] + both[1]) * own;
-                        vec offset = vec_load_half(scales[block] + LANES);
-                        sum[r][block] = vec_fma(offset, vec_set(total), sum[r][block]);
+                        total = (float)(halves == 2 ? both[half] : both[0] + both[1]);
+                    }
+                    if (offsets && scale_bits == 8) /* exact, as the sums are */
+                        some = vec_fma(load_zeros(from + LANES), vec_set(total * (-1.0f / ZERO_STEPS)), some);
+                    sum[r][block] = vec_fma(some, vec_mul(scale, vec_set(own)), sum[r][block]);
+                    if (offsets && scale_bits == 16) {
+                        vec offset = vec_load_half((const uint16_t *)from + LANES);
+                        sum[r][block] = vec_fma(offset, vec_set(total * own), sum[r][block]);
                     }
                 }
-                scales[block] += half_numbers;
             }
         }
 #pragma GCC unroll 4
@@ -311,16 +323,24 @@ INLINE void multiply_units(const struct quantized *w, int bits, int row_bits, in
 
 INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int blocks, const struct integer_rows *x,
                               int64_t row, const int64_t *columns, const int64_t *after, float *sums, int64_t stride) {
+    const struct kind kind = {bits, 8, w->halves, w->offsets, w->scale_bits}, long_rows = {bits, 16, 1, 0, 16};
+    const struct kind plain = {bits, 8, 1, 0, 16}, halves = {bits, 8, 2, 0, 16}, offsets = {bits, 8, 1, 1, 16};
+    const struct kind bytes = {bits, 8, 1, 0, 8}, bytes_offsets = {bits, 8, 1, 1, 8};
+    int wide = w->scale_bits == 16;
     if (bits == 8 && x->bits == 16)
-        multiply_units(w, bits, 16, 1, 0, rows, blocks, x, row, columns, after, sums, stride);
-    else if (w->halves == 1 && !w->offsets)
-        multiply_units(w, bits, 8, 1, 0, rows, blocks, x, row, columns, after, sums, stride);
-    else if (w->halves == 2 && !w->offsets && bits == 6)
-        multiply_units(w, bits, 8, 2, 0, rows, blocks, x, row, columns, after, sums, stride);
-    else if (w->halves == 1 && bits == 4)
-        multiply_units(w, bits, 8, 1, 1, rows, blocks, x, row, columns, after, sums, stride);
+        multiply_units(w, long_rows, rows, blocks, x, row, columns, after, sums, stride);
+    else if (bits == 4 && !wide && w->offsets)
+        multiply_units(w, bytes_offsets, rows, blocks, x, row, columns, after, sums, stride);
+    else if (bits == 6 && !wide && !w->offsets)
+        multiply_units(w, bytes, rows, blocks, x, row, columns, after, sums, stride);
+    else if (wide && w->halves == 1 && !w->offsets)
+        multiply_units(w, plain, rows, blocks, x, row, columns, after, sums, stride);
+    else if (wide && w->halves == 2 && !w->offsets && bits == 6)
+        multiply_units(w, halves, rows, blocks, x, row, columns, after, sums, stride);
+    else if (wide && w->halves == 1 && bits == 4)
+        multiply_units(w, offsets, rows, blocks, x, row, columns, after, sums, stride);
     else
-        multiply_units(w, bits, 8, w->halves, w->offsets, rows, blocks, x, row, columns, after, sums, stride);
+        multiply_units(w, kind, rows, blocks, x, row, columns, after, sums, stride);
 }
 
 /* Up to four rows through a panel of four blocks. AVX2 has registers for half as many sums. */

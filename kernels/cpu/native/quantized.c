@@ -1,12 +1,11 @@
 /* Quantized weights: made from floats, packed in blocks, and read back row by row. For any machine with AVX2. */
 #pragma GCC target("avx2,fma,f16c")
 #include "quantized.h"
+#include "fit.h"
 #include "hadamard.h"
 #include "pool.h"
 
 #define FEW_NUMBERS 16384  /* so many are read before a second thread is awake */
-#define TRIALS 16          /* scales that are tried for a group with an offset */
-#define SYMMETRIC_TRIALS 12 /* without one, with fewer than 8 bits */
 
 /* ---- from floats ---- */
 
@@ -15,158 +14,10 @@ struct quantizing {
     int64_t n, k, stride;
     int32_t bits, group, zero, rotated;
     uint8_t *numbers;        /* (n, units * 32) */
-    float *scales, *offsets; /* (n, units * 32 / group); offsets may be null */
+    float *scales, *offsets; /* (n, units * 32 / group), or of a rotated weight (n, groups); offsets may be null */
+    float *least;            /* (n,): scales are bytes; null: they are float16 */
     atomic_long next;
 };
-
-INLINE float as_half(float x) { return _cvtsh_ss(_cvtss_sh(x, 0)); }
-
-/* A group of numbers, 16 or 32 of them; with 16 the second vector is left out. */
-struct group {
-    vec x[2];
-    int vecs;
-};
-
-INLINE void store_numbers(uint8_t *out, vec numbers) {
-    float some[LANES];
-    vec_store(some, numbers);
-    for (int i = 0; i < LANES; i++)
-        out[i] = (uint8_t)(int)some[i];
-}
-
-INLINE vec clamp(vec x, float least, float most) { return vec_min(vec_max(x, vec_set(least)), vec_set(most)); }
-
-/* scale * (number - zero), for numbers from 1 to 2 * zero - 1: the largest value gets the largest number. */
-INLINE void quantize_symmetric(const struct group *g, int zero, uint8_t *out, float *scale) {
-    vec largest = vec_set(0.0f);
-    for (int i = 0; i < g->vecs; i++)
-        largest = vec_max(largest, vec_max(g->x[i], vec_sub(vec_set(0.0f), g->x[i])));
-    float most = (float)(zero - 1);
-    *scale = as_half(vec_largest(largest) / most);
-    float inverse = *scale > 0 ? 1.0f / *scale : 0.0f;
-    for (int i = 0; i < g->vecs; i++) {
-        vec number = clamp(vec_round(vec_mul(g->x[i], vec_set(inverse))), -most, most);
-        store_numbers(out + i * LANES, vec_add(number, vec_set((float)zero)));
-    }
-}
-
-/* The same with fewer bits, where rounding costs more: numbers from 0 to 2 * zero - 1. The scale has the sign with which the
- * value farthest from 0 gets a number near 0: there is one more on that side. Of several scales, each improved by least
- * squares, the one whose error is the least, where the error of a large number counts for more (make_qx_quants of ggml). */
-INLINE void fit_symmetric(const struct group *g, int zero, uint8_t *out, float *best_scale) {
-    float most = (float)zero, best_error = INFINITY;
-    vec none = vec_set(0.0f), least = none, largest = none, squares = none, best[2] = {none, none}, weights[2], numbers[2];
-    for (int i = 0; i < g->vecs; i++) {
-        weights[i] = vec_max(g->x[i], vec_sub(none, g->x[i]));
-        largest = vec_max(largest, g->x[i]);
-        least = vec_max(least, vec_sub(none, g->x[i]));
-        squares = vec_fma(g->x[i], g->x[i], squares);
-    }
-    float above = vec_largest(largest), below = vec_largest(least), span = above > below ? -above : below;
-    float usual = sqrtf(vec_sum(squares) / (float)(g->vecs * LANES));
-    for (int i = 0; i < g->vecs; i++)
-        weights[i] = vec_add(weights[i], vec_set(usual));
-    *best_scale = as_half(span / most); /* stays where the values are too large for float16 */
-    for (int trial = 0; trial < SYMMETRIC_TRIALS && span != 0; trial++) {
-        float scale = span / (most + ((float)trial - SYMMETRIC_TRIALS / 2) * 0.25f);
-        vec sum_nn = none, sum_nx = none, errors = none;
-        for (int again = 0; again < 2; again++) {
-            vec inverse = vec_set(scale != 0 ? 1.0f / scale : 0.0f);
-            for (int i = 0; i < g->vecs; i++) {
-                numbers[i] = clamp(vec_round(vec_mul(g->x[i], inverse)), -most, most - 1.0f);
-                if (again) {
-                    vec difference = vec_sub(vec_mul(numbers[i], vec_set(scale)), g->x[i]);
-                    errors = vec_fma(vec_mul(weights[i], difference), difference, errors);
-                } else {
-                    vec wn = vec_mul(weights[i], numbers[i]);
-                    sum_nn = vec_fma(wn, numbers[i], sum_nn);
-                    sum_nx = vec_fma(wn, g->x[i], sum_nx);
-                }
-            }
-            if (!again)
-                scale = as_half(vec_sum(sum_nx) / vec_sum(sum_nn));
-        }
-        float error = vec_sum(errors);
-        if (error < best_error) {
-            best_error = error;
-            *best_scale = scale;
-            memcpy(best, numbers, sizeof best);
-        }
-    }
-    for (int i = 0; i < g->vecs; i++)
-        store_numbers(out + i * LANES, vec_add(best[i], vec_set((float)zero)));
-}
-
-INLINE void numbers_of(const struct group *g, float scale, float offset, float most, vec *numbers) {
-    vec inverse = vec_set(scale > 0 ? 1.0f / scale : 0.0f);
-    for (int i = 0; i < g->vecs; i++)
-        numbers[i] = clamp(vec_round(vec_mul(vec_sub(g->x[i], vec_set(offset)), inverse)), 0.0f, most);
-}
-
-/* scale * number + offset: of several scales, each improved by least squares, the one whose error is the least, where
- * the error of a large number counts for more. */
-INLINE void quantize_offset(const struct group *g, float most, uint8_t *out, float *best_scale, float *best_offset) {
-    vec zero = vec_set(0.0f), squares = zero, least = g->x[0], largest = g->x[0], numbers[2], weights[2], best[2];
-    for (int i = 0; i < g->vecs; i++) {
-        least = vec_min(least, g->x[i]);
-        largest = vec_max(largest, g->x[i]);
-        squares = vec_fma(g->x[i], g->x[i], squares);
-    }
-    float low = -vec_largest(vec_sub(zero, least)), span = vec_largest(largest) - low;
-    float usual = sqrtf(vec_sum(squares) / (float)(g->vecs * LANES)), best_error = INFINITY;
-    vec all = zero, all_x = zero;
-    for (int i = 0; i < g->vecs; i++) {
-        weights[i] = vec_add(vec_set(usual), vec_max(g->x[i], vec_sub(zero, g->x[i])));
-        all = vec_add(all, weights[i]);
-        all_x = vec_fma(weights[i], g->x[i], all_x);
-        best[i] = zero;
-    }
-    float w = vec_sum(all), wx = vec_sum(all_x);
-    *best_scale = *best_offset = INFINITY; /* where the values are too large for float16 */
-    for (int trial = 0; trial < TRIALS; trial++) {
-        float scale = span / (most - 1.0f + (float)trial * 2.0f / (TRIALS - 1)), offset = low;
-        numbers_of(g, scale, offset, most, numbers);
-        vec sum_n = zero, sum_nn = zero, sum_nx = zero, errors = zero;
-        for (int i = 0; i < g->vecs; i++) {
-            vec wn = vec_mul(weights[i], numbers[i]);
-            sum_n = vec_add(sum_n, wn);
-            sum_nn = vec_fma(wn, numbers[i], sum_nn);
-            sum_nx = vec_fma(wn, g->x[i], sum_nx);
-        }
-        float wn = vec_sum(sum_n), wnn = vec_sum(sum_nn), wnx = vec_sum(sum_nx), determinant = w * wnn - wn * wn;
-        if (determinant > 0) {
-            scale = (w * wnx - wn * wx) / determinant;
-            offset = (wnn * wx - wn * wnx) / determinant;
-        }
-        scale = as_half(scale), offset = as_half(offset);
-        if (!(scale > 0)) {
-            scale = 0;
-            offset = as_half(w > 0 ? wx / w : 0.0f);
-        }
-        numbers_of(g, scale, offset, most, numbers);
-        for (int i = 0; i < g->vecs; i++) {
-            vec difference = vec_sub(vec_fma(numbers[i], vec_set(scale), vec_set(offset)), g->x[i]);
-            errors = vec_fma(vec_mul(weights[i], difference), difference, errors);
-        }
-        float error = vec_sum(errors);
-        if (error < best_error) {
-            best_error = error;
-            *best_scale = scale;
-            *best_offset = offset;
-            memcpy(best, numbers, sizeof best);
-        }
-    }
-    for (int i = 0; i < g->vecs; i++)
-        store_numbers(out + i * LANES, best[i]);
-}
-
-/* Comparisons lose a NaN: where a value is one, or infinite, the scale says so. */
-INLINE int is_finite(const struct group *g) {
-    vec none = vec_set(0.0f), sum = none;
-    for (int i = 0; i < g->vecs; i++)
-        sum = vec_fma(g->x[i], none, sum);
-    return vec_sum(sum) == 0;
-}
 
 /* ROTATED numbers of a row, rotated. */
 INLINE void load_rotated(const bf16 *x, vec *numbers) {
@@ -175,7 +26,7 @@ INLINE void load_rotated(const bf16 *x, vec *numbers) {
     rotate_numbers(numbers);
 }
 
-/* A row in groups of many numbers, of which the largest gets the largest integer; every 32 numbers name the scale. */
+/* A row in groups of many numbers, of which the largest gets the largest integer. */
 static void quantize_rotated(const struct quantizing *q, int64_t row) {
     int64_t size = rotated_group(q->k, q->rotated);
     float most = (float)(q->zero - 1), none = 0.0f;
@@ -194,9 +45,33 @@ static void quantize_rotated(const struct quantizing *q, int64_t row) {
             vec number = clamp(vec_round(vec_mul(numbers[i], vec_set(inverse))), -most, most);
             store_numbers(q->numbers + place + i * LANES, vec_add(number, vec_set((float)q->zero)));
         }
-        for (int64_t unit = 0; unit < count / TILE_DEPTH; unit++)
-            q->scales[place / TILE_DEPTH + unit] = vec_sum(check) == 0 ? scale : NAN;
+        q->scales[row * ((q->k + size - 1) / size) + from / size] = vec_sum(check) == 0 ? scale : NAN;
     }
+}
+
+/* A group of a row, filled up with zeros. */
+INLINE struct group group_of(const struct quantizing *q, int64_t row, int64_t group) {
+    bf16 some[32] = {0};
+    int64_t size = q->group, from = group * size, count = q->k - from < size ? q->k - from : size;
+    if (count > 0)
+        memcpy(some, q->x + row * q->stride + from, (size_t)count * 2);
+    struct group g = {.vecs = (int)size / LANES};
+    for (int i = 0; i < g.vecs; i++)
+        g.x[i] = vec_load_bf16(some + i * LANES);
+    return g;
+}
+
+/* The power of two that is the least scale of a row: the largest one is in reach, of the values as far as they are finite. */
+static float least_scale(const struct quantizing *q, int64_t row, int64_t groups) {
+    float most = q->offsets ? (float)((1 << q->bits) - 1) : (float)(q->zero - 1), scale = 0.0f;
+    for (int64_t group = 0; group < groups; group++) {
+        struct group g = group_of(q, row, group);
+        if (is_finite(&g))
+            scale = fmaxf(scale, span_of(&g, q->offsets != 0).size / most);
+    }
+    int power;
+    (void)frexpf(scale * SCALE_ROOM, &power); /* it is less than 2^power */
+    return ldexpf(1.0f, (power < SMALLEST_POWER ? SMALLEST_POWER : power) - SCALE_POWERS);
 }
 
 static void quantize_rows(void *argument, int thread, int threads) {
@@ -208,16 +83,17 @@ static void quantize_rows(void *argument, int thread, int threads) {
             quantize_rotated(q, row);
             continue;
         }
+        if (q->least)
+            q->least[row] = least_scale(q, row, groups);
         for (int64_t group = 0; group < groups; group++) {
-            bf16 some[32] = {0};
-            int64_t from = group * size, count = q->k - from < size ? q->k - from : size, place = row * groups + group;
-            if (count > 0)
-                memcpy(some, q->x + row * q->stride + from, (size_t)count * 2);
-            struct group g = {.vecs = (int)size / LANES};
-            for (int i = 0; i < g.vecs; i++)
-                g.x[i] = vec_load_bf16(some + i * LANES);
+            struct group g = group_of(q, row, group);
+            int64_t place = row * groups + group;
             uint8_t *out = q->numbers + place * size;
-            if (q->offsets)
+            if (q->least && q->offsets)
+                fit_bytes_offset(&g, (float)((1 << q->bits) - 1), q->least[row], out, q->scales + place, q->offsets + place);
+            else if (q->least)
+                fit_bytes(&g, (float)q->zero, q->least[row], out, q->scales + place);
+            else if (q->offsets)
                 quantize_offset(&g, (float)((1 << q->bits) - 1), out, q->scales + place, q->offsets + place);
             else if (q->bits < 8)
                 fit_symmetric(&g, q->zero, out, q->scales + place);
@@ -230,24 +106,23 @@ static void quantize_rows(void *argument, int thread, int threads) {
 }
 
 /* x (n, k) quantized; rows are filled up with zeros. Without offsets (null): symmetric around `zero`. `rotated`: so
- * many numbers have the same scale; k is a multiple of ROTATED, there are 8 bits, no offsets, and scales for each 32. */
-void quartet_quantize(const uint16_t *x, int64_t n, int64_t k, int64_t stride, int32_t bits, int32_t group,
-                      int32_t zero, int32_t rotated, uint8_t *numbers, float *scales, float *offsets, int32_t threads) {
+ * many numbers have the same scale; k is a multiple of ROTATED, there are 8 bits and no offsets. `least`: null, or scales are
+ * bytes, and it takes the least one of each row; there are 4 bits then if there are offsets. */
+void quartet_quantize(const uint16_t *x, int64_t n, int64_t k, int64_t stride, int32_t bits, int32_t group, int32_t zero,
+                      int32_t rotated, uint8_t *numbers, float *scales, float *offsets, float *least, int32_t threads) {
     struct quantizing q = {.x = x, .n = n, .k = k, .stride = stride, .bits = bits, .group = group, .zero = zero};
     q.rotated = rotated;
-    q.numbers = numbers, q.scales = scales, q.offsets = offsets;
+    q.numbers = numbers, q.scales = scales, q.offsets = offsets, q.least = least;
     quartet_run(quantize_rows, &q, threads);
 }
 
 /* ---- to blocks ---- */
 
 struct blocking {
-    const uint8_t *numbers;              /* (n, units * 32) */
-    const float *scales, *offsets;       /* (n, units, halves); offsets may be null */
-    int64_t n, units;
-    int32_t bits, halves;
-    uint8_t *out_numbers;
-    uint16_t *out_scales;
+    const uint8_t *numbers;                /* (n, units * 32) */
+    const float *scales, *offsets, *least; /* (n, groups), the same or null, (n,) or null */
+    int64_t n, units, groups;
+    const struct quantized *to; /* its numbers and scales are written */
     atomic_long next;
 };
 
@@ -265,42 +140,58 @@ static void put_line(const uint8_t *numbers, int bits, int number, uint8_t *unit
 }
 
 static void put_unit(const struct blocking *b, int64_t block, int64_t unit) {
-    uint8_t *out = b->out_numbers + (block * b->units + unit) * 64 * b->bits;
-    memset(out, 0, (size_t)(64 * b->bits));
+    int bits = b->to->bits;
+    uint8_t *out = (uint8_t *)b->to->numbers + (block * b->units + unit) * 64 * bits;
+    memset(out, 0, (size_t)(64 * bits));
     for (int number = 0; number < UNIT_LINES; number++) {
         uint8_t numbers[64] = {0};
         for (int column = 0; column < LANES && block * LANES + column < b->n; column++)
             memcpy(numbers + column * 4,
                    b->numbers + ((block * LANES + column) * b->units + unit) * 32 + number * 4, 4);
-        put_line(numbers, b->bits, number, out);
+        put_line(numbers, bits, number, out);
     }
-    int kinds = b->offsets ? 2 : 1;
-    for (int half = 0; half < b->halves; half++)
-        for (int kind = 0; kind < kinds; kind++) {
-            const float *from = kind ? b->offsets : b->scales;
-            int64_t to = ((block * b->units + unit) * b->halves + half) * kinds + kind;
-            for (int column = 0; column < LANES; column++) {
-                int64_t row = block * LANES + column;
-                float own = row < b->n ? from[(row * b->units + unit) * b->halves + half] : 0.0f;
-                b->out_scales[to * LANES + column] = (uint16_t)_cvtss_sh(own, 0);
-            }
+}
+
+/* Scales and offsets of one column of a block. */
+static void put_scales(const struct blocking *b, int64_t block, int column) {
+    struct scale_lines lines = scale_lines(b->to, b->units * TILE_DEPTH);
+    int64_t row = block * LANES + column;
+    int there = row < b->n;
+    uint8_t *head = (uint8_t *)b->to->scales + block * lines.block, *out = head + lines.head;
+    float least = there && b->least ? b->least[row] : LEAST_SCALE;
+    if (b->to->scale_bits == 8)
+        ((bf16 *)head)[column] = to_bf16(least);
+    for (int64_t group = 0; group < b->groups; group++, out += (1 + b->to->offsets) * LANES * (b->to->scale_bits / 8)) {
+        float scale = there ? b->scales[row * b->groups + group] : 0.0f;
+        float offset = there && b->offsets ? b->offsets[row * b->groups + group] : 0.0f;
+        if (b->to->scale_bits == 16) {
+            ((uint16_t *)out)[column] = (uint16_t)_cvtss_sh(scale, 0);
+            if (b->offsets)
+                ((uint16_t *)out)[LANES + column] = (uint16_t)_cvtss_sh(offset, 0);
+            continue;
         }
+        out[column] = there ? (uint8_t)scale_byte(scale, least) : 0;
+        if (b->offsets)
+            out[LANES + column] = there ? (uint8_t)lrintf(-offset / scale * ZERO_STEPS) : 0;
+    }
 }
 
 static void put_blocks(void *argument, int thread, int threads) {
     (void)thread, (void)threads;
     struct blocking *b = argument;
     int64_t block;
-    while ((block = quartet_next(&b->next)) * LANES < b->n)
+    while ((block = quartet_next(&b->next)) * LANES < b->n) {
         for (int64_t unit = 0; unit < b->units; unit++)
             put_unit(b, block, unit);
+        for (int column = 0; column < LANES; column++)
+            put_scales(b, block, column);
+    }
 }
 
-/* Quantized rows to the blocks that a product reads; the last block is filled up with zeros. */
-void quartet_pack_quantized(const uint8_t *numbers, const float *scales, const float *offsets, int64_t n, int64_t units,
-                   int32_t bits, int32_t halves, uint8_t *out_numbers, uint16_t *out_scales, int32_t threads) {
-    struct blocking b = {.numbers = numbers, .scales = scales, .offsets = offsets, .n = n, .units = units};
-    b.bits = bits, b.halves = halves, b.out_numbers = out_numbers, b.out_scales = out_scales;
+/* Quantized rows (n, units * 32) to the blocks of `to` that a product reads; the last block is filled up with zeros. */
+void quartet_pack_quantized(const uint8_t *numbers, const float *scales, const float *offsets, const float *least,
+                            int64_t n, int64_t units, int64_t groups, const struct quantized *to, int32_t threads) {
+    struct blocking b = {numbers, scales, offsets, least, n, units, groups, to, 0};
     quartet_run(put_blocks, &b, threads);
 }
 
@@ -308,6 +199,7 @@ void quartet_pack_quantized(const uint8_t *numbers, const float *scales, const f
 
 struct reading {
     struct quantized weight;
+    struct scale_lines lines;
     int64_t k, units, count;
     const int64_t *rows;
     bf16 *out;
@@ -330,6 +222,26 @@ INLINE void numbers_at(int bits, const uint8_t *unit, int column, float *out) {
     }
 }
 
+struct pair {
+    float scale, offset;
+};
+
+INLINE struct pair scale_and_offset(const struct quantized *w, const struct scale_lines *lines, int64_t row, int64_t unit,
+                                    int half) {
+    const uint8_t *head = w->scales + row / LANES * lines->block;
+    const uint8_t *line = head + lines->head + (unit >> lines->shift) * lines->size + half * (lines->size / 2);
+    int64_t column = row % LANES;
+    if (w->scale_bits == 16) {
+        const uint16_t *own = (const uint16_t *)line + column;
+        float scale = _cvtsh_ss(own[0]);
+        return (struct pair){scale, w->offsets ? _cvtsh_ss(own[LANES]) : -scale * (float)w->zero};
+    }
+    uint32_t bits = ((uint32_t)((const bf16 *)head)[column] << 16) + ((uint32_t)line[column] << SCALE_SHIFT);
+    float scale, zero = w->offsets ? (float)line[LANES + column] / ZERO_STEPS : (float)w->zero;
+    memcpy(&scale, &bits, 4);
+    return (struct pair){scale, -scale * zero};
+}
+
 /* The 32 values of unit `unit` of a row. */
 INLINE void values_at(const struct reading *r, int64_t row, int64_t unit, vec *values) {
     const struct quantized *w = &r->weight;
@@ -338,10 +250,8 @@ INLINE void values_at(const struct reading *r, int64_t row, int64_t unit, vec *v
     float numbers[32];
     numbers_at(w->bits, w->numbers + place * 64 * w->bits, column, numbers);
     for (int half = 0; half < 2; half++) {
-        int64_t group = place * w->halves + (w->halves == 2 ? half : 0);
-        const uint16_t *own = w->scales + group * (1 + w->offsets) * LANES + column;
-        float scale = _cvtsh_ss(own[0]), offset = w->offsets ? _cvtsh_ss(own[LANES]) : -scale * (float)w->zero;
-        values[half] = vec_fma(vec_load(numbers + half * LANES), vec_set(scale), vec_set(offset));
+        struct pair by = scale_and_offset(w, &r->lines, row, unit, w->halves == 2 ? half : 0);
+        values[half] = vec_fma(vec_load(numbers + half * LANES), vec_set(by.scale), vec_set(by.offset));
     }
 }
 
@@ -377,6 +287,7 @@ int quartet_quantized_rows(const struct quantized *weight, int64_t n, int64_t k,
         if (rows[index] < 0 || rows[index] >= n)
             return -1;
     struct reading r = {.weight = *weight, .k = k, .units = (k + 31) / 32, .count = count, .rows = rows, .out = out};
+    r.lines = scale_lines(weight, r.units * TILE_DEPTH);
     quartet_run(read_rows, &r, count * k <= FEW_NUMBERS ? 1 : threads);
     return 0;
 }

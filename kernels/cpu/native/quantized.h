@@ -29,14 +29,31 @@ INLINE const uint8_t *quantized_numbers(const struct quantized *w, int64_t depth
     return w->numbers + (block * quantized_units(depth) + quantized_units(from)) * 64 * w->bits;
 }
 
-INLINE const uint16_t *quantized_scales(const struct quantized *w, int64_t depth, int64_t block, int64_t from) {
-    return w->scales + (block * quantized_units(depth) + quantized_units(from)) * w->halves * (1 + w->offsets) * LANES;
+/* How scales lie. A line of them belongs to 1 << `shift` units. */
+struct scale_lines {
+    int64_t size, block; /* bytes of a line, and of a block */
+    int64_t head;        /* bytes before a block's first line: the least scales */
+    int shift;
+};
+
+INLINE struct scale_lines scale_lines(const struct quantized *w, int64_t depth) {
+    struct scale_lines lines = {.size = w->halves * (1 + w->offsets) * LANES * (w->scale_bits / 8)};
+    lines.head = w->scale_bits == 8 ? LANES * (int64_t)sizeof(bf16) : 0;
+    if (w->rotated)
+        lines.shift = rotated_group(depth, w->rotated) == ROTATED ? 2 : 3;
+    lines.block = lines.head + (quantized_units(depth) + (1 << lines.shift) - 1 >> lines.shift) * lines.size;
+    return lines;
+}
+
+/* The line of the unit at `from` in k. */
+INLINE const uint8_t *quantized_scales(const struct quantized *w, int64_t depth, int64_t block, int64_t from) {
+    struct scale_lines lines = scale_lines(w, depth);
+    return w->scales + block * lines.block + lines.head + (quantized_units(from) >> lines.shift) * lines.size;
 }
 
 /* Where numbers and scales begin. */
 struct place {
-    const uint8_t *numbers;
-    const uint16_t *scales;
+    const uint8_t *numbers, *scales;
 };
 
 INLINE struct place place_of(const struct quantized *w, int64_t depth, int64_t block, int64_t from) {
@@ -59,6 +76,23 @@ INLINE line number_line(const uint8_t *unit, int bits, int number) {
     }
     return x;
 }
+
+/* Of 16 columns: bits of the least scales (0 where scales are float16), scales, and offsets as numbers of steps. */
+INLINE line load_least(int scale_bits, const uint8_t *block) {
+    if (scale_bits == 16)
+        return _mm512_setzero_si512();
+    return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)block)), 16);
+}
+
+INLINE line load_bytes(const uint8_t *from) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from)); }
+
+INLINE vec load_scales(int scale_bits, const uint8_t *from, line least) {
+    if (scale_bits == 16)
+        return vec_load_half((const uint16_t *)from);
+    return _mm512_castsi512_ps(_mm512_add_epi32(least, _mm512_slli_epi32(load_bytes(from), SCALE_SHIFT)));
+}
+
+INLINE vec load_zeros(const uint8_t *from) { return _mm512_cvtepi32_ps(load_bytes(from)); }
 
 /* Of each column, the number at `place` of four. */
 INLINE vec line_place(line x, int place) {
@@ -106,6 +140,32 @@ INLINE line number_line(const uint8_t *unit, int bits, int number) {
     return x;
 }
 
+INLINE line load_least(int scale_bits, const uint8_t *block) {
+    const __m128i *from = (const __m128i *)block;
+    if (scale_bits == 16)
+        return (line){_mm256_setzero_si256(), _mm256_setzero_si256()};
+    return (line){_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)), 16),
+                  _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(from + 1)), 16)};
+}
+
+INLINE line load_bytes(const uint8_t *from) {
+    return (line){_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)),
+                  _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(from + 8)))};
+}
+
+INLINE vec load_scales(int scale_bits, const uint8_t *from, line least) {
+    if (scale_bits == 16)
+        return vec_load_half((const uint16_t *)from);
+    line bytes = load_bytes(from);
+    return (vec){_mm256_castsi256_ps(_mm256_add_epi32(least.low, _mm256_slli_epi32(bytes.low, SCALE_SHIFT))),
+                 _mm256_castsi256_ps(_mm256_add_epi32(least.high, _mm256_slli_epi32(bytes.high, SCALE_SHIFT)))};
+}
+
+INLINE vec load_zeros(const uint8_t *from) {
+    line bytes = load_bytes(from);
+    return (vec){_mm256_cvtepi32_ps(bytes.low), _mm256_cvtepi32_ps(bytes.high)};
+}
+
 INLINE __m256 half_place(__m256i x, int place) {
     return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x, place * 8), _mm256_set1_epi32(255)));
 }
@@ -113,6 +173,15 @@ INLINE __m256 half_place(__m256i x, int place) {
 INLINE vec line_place(line x, int place) { return (vec){half_place(x.low, place), half_place(x.high, place)}; }
 
 #endif
+
+/* Offsets of 16 columns: those of a line of scales, or by the zero point. */
+INLINE vec load_offsets(const struct quantized *w, const uint8_t *scales, vec scale) {
+    if (!w->offsets)
+        return vec_mul(scale, vec_set((float)-w->zero));
+    if (w->scale_bits == 16)
+        return vec_load_half((const uint16_t *)scales + LANES);
+    return vec_mul(vec_mul(scale, vec_set(-1.0f / ZERO_STEPS)), load_zeros(scales + LANES));
+}
 
 /* ---- to bfloat16 ---- */
 
@@ -123,11 +192,10 @@ struct scaling {
     vec scale[2], offset[2];
 };
 
-INLINE struct scaling scaling_at(const struct quantized *w, const uint16_t *scales) {
+INLINE struct scaling scaling_at(const struct quantized *w, const uint8_t *scales, line least) {
     const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    vec scale = vec_load_half(scales);
-    vec offset = w->offsets ? vec_load_half(scales + LANES) : vec_mul(scale, vec_set((float)-w->zero));
+    vec scale = load_scales(w->scale_bits, scales, least), offset = load_offsets(w, scales, scale);
     return (struct scaling){
         {_mm512_permutexvar_ps(low, scale), _mm512_permutexvar_ps(high, scale)},
         {_mm512_permutexvar_ps(low, offset), _mm512_permutexvar_ps(high, offset)},
@@ -167,10 +235,9 @@ INLINE void store_bf16_pairs(bf16 *out, vec even, vec odd) {
 #endif
 }
 
-INLINE struct scaling scaling_at(const struct quantized *w, const uint16_t *scales) {
-    vec scale = vec_load_half(scales);
-    return (struct scaling){
-        scale, w->offsets ? vec_load_half(scales + LANES) : vec_mul(scale, vec_set((float)-w->zero))};
+INLINE struct scaling scaling_at(const struct quantized *w, const uint8_t *scales, line least) {
+    vec scale = load_scales(w->scale_bits, scales, least);
+    return (struct scaling){scale, load_offsets(w, scales, scale)};
 }
 
 INLINE void expand_line(line x, struct scaling by, bf16 *out) {
@@ -187,17 +254,22 @@ INLINE void expand_line(line x, struct scaling by, bf16 *out) {
 
 /* Numbers are asked for EXPAND_AHEAD bytes before they are needed; behind the end those at `soon`, which come next, and
  * their scales. */
-INLINE void expand_units(const struct quantized *w, int bits, const uint8_t *numbers, const uint16_t *scales,
-                         int64_t units, struct place soon, bf16 *out) {
-    int lines = UNIT_LINES / w->halves, scales_size = w->halves * (1 + w->offsets) * LANES;
+INLINE void expand_units(const struct quantized *w, int bits, int64_t depth, int64_t block, int64_t first, int64_t units,
+                         struct place soon, bf16 *out) {
+    struct scale_lines by_block = scale_lines(w, depth);
+    const uint8_t *numbers = quantized_numbers(w, depth, block, first * TILE_DEPTH);
+    const uint8_t *head = w->scales + block * by_block.block, *scales = head + by_block.head;
+    line least = load_least(w->scale_bits, head);
+    int lines = UNIT_LINES / w->halves;
     int64_t ahead_units = EXPAND_AHEAD / (64 * bits), turn = units > ahead_units ? units - ahead_units : 0;
     const uint8_t *ahead = numbers + ahead_units * 64 * bits;
     for (int64_t unit = 0; unit < units; unit++, numbers += 64 * bits, ahead += 64 * bits) {
+        const uint8_t *own = scales + (first + unit >> by_block.shift) * by_block.size;
         if (unit == turn)
             ahead = soon.numbers;
-        _mm_prefetch((const char *)(soon.scales + unit * scales_size), _MM_HINT_T0);
-        for (int half = 0; half < w->halves; half++, scales += (1 + w->offsets) * LANES) {
-            struct scaling by = scaling_at(w, scales);
+        _mm_prefetch((const char *)(soon.scales + (unit >> by_block.shift) * by_block.size), _MM_HINT_T0);
+        for (int half = 0; half < w->halves; half++) {
+            struct scaling by = scaling_at(w, own + half * (by_block.size / 2), least);
 #pragma GCC unroll 2
             for (int number = half * lines; number < (half + 1) * lines; number += 2) {
 #pragma GCC unroll 2
@@ -213,12 +285,11 @@ INLINE void expand_units(const struct quantized *w, int bits, const uint8_t *num
 /* k from `from` to `from + size` of a block, as a weight in bfloat16 is packed (linear.h). `soon`: what comes next. */
 static __attribute__((unused)) void expand_block(const struct quantized *w, int64_t depth, int64_t block, int64_t from,
                                                  int64_t size, struct place soon, bf16 *out) {
-    const uint8_t *numbers = quantized_numbers(w, depth, block, from);
-    const uint16_t *scales = quantized_scales(w, depth, block, from);
+    int64_t first = quantized_units(from), units = quantized_units(size);
     switch (w->bits) {
-    case 4: expand_units(w, 4, numbers, scales, quantized_units(size), soon, out); return;
-    case 5: expand_units(w, 5, numbers, scales, quantized_units(size), soon, out); return;
-    case 6: expand_units(w, 6, numbers, scales, quantized_units(size), soon, out); return;
-    default: expand_units(w, 8, numbers, scales, quantized_units(size), soon, out); return;
+    case 4: expand_units(w, 4, depth, block, first, units, soon, out); return;
+    case 5: expand_units(w, 5, depth, block, first, units, soon, out); return;
+    case 6: expand_units(w, 6, depth, block, first, units, soon, out); return;
+    default: expand_units(w, 8, depth, block, first, units, soon, out); return;
     }
 }

@@ -1,7 +1,8 @@
 """Quantized weights: as rows (`QuantizedRows`), and in the blocks that the kernels read (`QuantizedWeight`).
 
 A value is scale * (number - zero point), or scale * number + offset, with integers of few bits. 32 numbers of a row, or
-16, form a group: they share a scale and an offset.
+16, form a group: they share a scale and an offset. Both are float16. Or they are bytes: a scale is the least one of its
+row, a power of two, times (1 + m / 16) * 2**e with 0 <= m, e <= 15, and an offset is up to 255 sixteenths of the scale, below 0.
 """
 
 import ctypes
@@ -35,9 +36,13 @@ class Scheme:
     zero_point: int = 0
     rotated: int = 0  # rows are rotated, and so many numbers (of ROTATED_GROUPS) have the same scale; 0: they are not
     row_bits: int = 8  # of the integers that rows become in a product; 16: with schemes that are else INT8
+    scale_bits: int = 16  # of scales and offsets: 16 or 8
 
     def joined(self, other: "Scheme") -> "Scheme":
-        """The smallest scheme that holds the values of both, as they are. It is rotated only if they are equal."""
+        """The smallest scheme that holds the values of both, as they are, with scales of 16 bits and no rotation.
+
+        It has scales of 8 bits, or is rotated, only if they are equal.
+        """
         if self == other:
             return self
         same_zero_point = self.zero_point == other.zero_point and not (self.offsets or other.offsets)
@@ -48,21 +53,29 @@ class Scheme:
     def nbytes(self, rows: int, columns: int) -> int:
         """What a weight of this shape takes."""
         numbers, scales = self.shapes(rows, columns)
-        return torch.Size(numbers).numel() + 2 * torch.Size(scales).numel()
+        return torch.Size(numbers).numel() + torch.Size(scales).numel()
+
+    def groups(self, columns: int) -> int:
+        """How many groups of numbers with the same scale a row has."""
+        units = -(-columns // UNIT)
+        if not self.rotated:
+            return units * (UNIT // self.group_size)
+        return -(-columns // min(self.rotated, columns))
 
     def shapes(self, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the numbers (bytes) and of the scales (float16), in blocks."""
+        """Of the numbers and of the scales in blocks, both bytes."""
         blocks, units = -(-rows // native.BLOCK_COLUMNS), -(-columns // UNIT)
-        kinds = UNIT // self.group_size, 1 + self.offsets
-        return (blocks, units, 64 * self.bits), (blocks, units, *kinds, native.BLOCK_COLUMNS)
+        scales = self.groups(columns) * (1 + self.offsets) * self.scale_bits // 8
+        least = 2 if self.scale_bits == 8 else 0  # one of each row, in bfloat16
+        return (blocks, units, 64 * self.bits), (blocks, (scales + least) * native.BLOCK_COLUMNS)
 
 
 INT8 = Scheme(8, UNIT, offsets=False, zero_point=128)
 LONG_ROWS_INT8 = replace(INT8, row_bits=16)
 ROTATED_INT8 = replace(INT8, rotated=256)
 FINE_ROTATED_INT8 = replace(INT8, rotated=128)
-INT4 = Scheme(4, UNIT, offsets=True)
-INT6 = Scheme(6, UNIT, offsets=False, zero_point=32)
+INT4 = Scheme(4, UNIT, offsets=True, scale_bits=8)
+INT6 = Scheme(6, UNIT, offsets=False, zero_point=32, scale_bits=8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +84,9 @@ class QuantizedRows:
 
     scheme: Scheme
     numbers: torch.Tensor  # (rows, columns) uint8, columns filled up to a multiple of UNIT
-    scales: torch.Tensor  # (rows, columns / group) float32
+    scales: torch.Tensor  # (rows, groups) float32
     offsets: torch.Tensor | None  # as the scales
+    least: torch.Tensor | None = None  # (rows,) float32, the least scale that a row may have, where scales have 8 bits
 
     def to(self, scheme: Scheme) -> "QuantizedRows":
         """The same values in a scheme that holds them (Scheme.joined)."""
@@ -86,12 +100,14 @@ class QuantizedRows:
 
     def select(self, rows: torch.Tensor) -> "QuantizedRows":
         """Some rows, in that order."""
-        offsets = None if self.offsets is None else self.offsets[rows]
-        return QuantizedRows(self.scheme, self.numbers[rows], self.scales[rows], offsets)
+        return self._of(lambda tensor: tensor[rows])
 
     def part(self, begin: int, end: int) -> "QuantizedRows":
-        offsets = None if self.offsets is None else self.offsets[begin:end]
-        return QuantizedRows(self.scheme, self.numbers[begin:end], self.scales[begin:end], offsets)
+        return self._of(lambda tensor: tensor[begin:end])
+
+    def _of(self, chosen: Callable[[torch.Tensor], torch.Tensor]) -> "QuantizedRows":
+        offsets, least = (None if tensor is None else chosen(tensor) for tensor in (self.offsets, self.least))
+        return QuantizedRows(self.scheme, chosen(self.numbers), chosen(self.scales), offsets, least)
 
     def columns(self, first: int, length: int) -> "QuantizedRows":
         """Some columns, whole groups of them, filled up to a multiple of UNIT with zeros."""
@@ -103,19 +119,22 @@ class QuantizedRows:
 
         numbers = F.pad(self.numbers[:, first : first + length], (0, filled))
         offsets = None if self.offsets is None else of_groups(self.offsets)
-        return QuantizedRows(self.scheme, numbers, of_groups(self.scales), offsets)
+        return QuantizedRows(self.scheme, numbers, of_groups(self.scales), offsets, self.least)
 
     @staticmethod
     def below(parts: "list[QuantizedRows]") -> "QuantizedRows":
         """Rows of one scheme, those of each part below the ones before."""
         if len(parts) == 1:
             return parts[0]
-        offsets = [part.offsets for part in parts if part.offsets is not None]
+        offsets, least = (
+            torch.cat(tensors) if (tensors := [tensor for tensor in found if tensor is not None]) else None
+            for found in ([part.offsets for part in parts], [part.least for part in parts])
+        )
         numbers, scales = torch.cat([part.numbers for part in parts]), torch.cat([part.scales for part in parts])
-        return QuantizedRows(parts[0].scheme, numbers, scales, torch.cat(offsets) if offsets else None)
+        return QuantizedRows(parts[0].scheme, numbers, scales, offsets, least)
 
     def fits(self) -> bool:
-        """Whether scales and offsets have a counterpart in float16."""
+        """Whether scales and offsets are no larger than float16 can be; others are refused with scales of 8 bits too."""
         return all(bool((part.abs() <= 65504).all()) for part in (self.scales, self.offsets) if part is not None)
 
 
@@ -125,6 +144,8 @@ class QuantizedWeight:
     def __init__(self, rows: int, columns: int, scheme: Scheme) -> None:
         assert scheme.row_bits == 8 or scheme == LONG_ROWS_INT8, scheme
         assert scheme.rotated in (0, *ROTATED_GROUPS), scheme
+        bytes_fit = scheme.group_size == UNIT and not scheme.rotated and scheme.row_bits == 8
+        assert scheme.scale_bits == 16 or (bytes_fit and (scheme.bits == 4 or not scheme.offsets)), scheme
         self.rows, self.columns, self.scheme = rows, columns, scheme
         self._take_memory()
 
@@ -137,7 +158,7 @@ class QuantizedWeight:
         numbers, scales = self.scheme.shapes(self.rows, self.columns)
         memory = in_huge_pages(torch.empty(self.scheme.nbytes(self.rows, self.columns), dtype=torch.uint8))
         size = torch.Size(numbers).numel()
-        self._keep(memory[:size].view(numbers), memory[size:].view(torch.float16).view(scales))
+        self._keep(memory[:size].view(numbers), memory[size:].view(scales))
 
     def _keep(self, numbers: torch.Tensor, scales: torch.Tensor, source: RowSource | None = None) -> None:
         self.numbers, self.scales, self.source = numbers, scales, source
@@ -181,7 +202,8 @@ class QuantizedWeight:
             return known
         scheme = self.scheme
         pointers = self.numbers.data_ptr(), self.scales.data_ptr()
-        made = Quantized(*pointers, scheme.bits, UNIT // scheme.group_size, scheme.offsets, scheme.zero_point)
+        halves = UNIT // scheme.group_size
+        made = Quantized(*pointers, scheme.bits, halves, scheme.offsets, scheme.zero_point, scheme.scale_bits)
         made.rotated, made.row_bits, made.exact = scheme.rotated, scheme.row_bits, exact
         made.owner = self.numbers, self.scales
         self._arguments[exact] = made
@@ -197,22 +219,16 @@ class QuantizedWeight:
         assert part.numbers.shape[1] == units * UNIT, (part.numbers.shape, units)
         step = step_of(self.columns)
         for begin in range(0, len(part.numbers), step):
-            some = part.part(begin, begin + step)
-            block = (first + begin) // native.BLOCK_COLUMNS
-            offsets = None if some.offsets is None else some.offsets.contiguous()
-            scales = some.scales.contiguous()
-            functions().quartet_pack_quantized(
-                some.numbers.contiguous().data_ptr(),
-                scales.data_ptr(),
-                None if offsets is None else offsets.data_ptr(),
-                len(some.numbers),
-                units,
-                self.scheme.bits,
-                UNIT // self.scheme.group_size,
-                self.numbers[block].data_ptr(),
-                self.scales[block].data_ptr(),
-                torch.get_num_threads(),
-            )
+            some = part.part(begin, begin + step)._of(torch.Tensor.contiguous)
+            block, groups = (first + begin) // native.BLOCK_COLUMNS, some.scales.shape[1]
+            assert groups == self.scheme.groups(self.columns), (some.scales.shape, self.scheme)
+            optional = (None if tensor is None else tensor.data_ptr() for tensor in (some.offsets, some.least))
+            there = self.argument(exact=True)
+            to = Quantized.from_buffer_copy(there)
+            to.numbers, to.scales = self.numbers[block].data_ptr(), self.scales[block].data_ptr()
+            pointers = some.numbers.data_ptr(), some.scales.data_ptr(), *optional
+            shape = len(some.numbers), units, groups
+            functions().quartet_pack_quantized(*pointers, *shape, ctypes.byref(to), torch.get_num_threads())
             yield_point()
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
@@ -247,8 +263,9 @@ def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedRows:
     assert not scheme.rotated or (scheme.rotated in ROTATED_GROUPS and columns % ROTATED_COLUMNS == 0), columns
     width = -(-columns // UNIT) * UNIT
     numbers = torch.empty(rows, width, dtype=torch.uint8)
-    scales = torch.empty(rows, width // scheme.group_size)
+    scales = torch.empty(rows, scheme.groups(columns))
     offsets = torch.empty_like(scales) if scheme.offsets else None
+    least = torch.empty(rows) if scheme.scale_bits == 8 else None
     functions().quartet_quantize(
         weight.data_ptr(),
         rows,
@@ -261,9 +278,10 @@ def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedRows:
         numbers.data_ptr(),
         scales.data_ptr(),
         None if offsets is None else offsets.data_ptr(),
+        None if least is None else least.data_ptr(),
         torch.get_num_threads(),
     )
-    return QuantizedRows(scheme, numbers, scales, offsets)
+    return QuantizedRows(scheme, numbers, scales, offsets, least)
 
 
 def misfit(values: torch.Tensor, numbers: QuantizedRows) -> str:
@@ -274,10 +292,17 @@ def misfit(values: torch.Tensor, numbers: QuantizedRows) -> str:
     """
     if not numbers.fits():
         return "its values are too large"
-    group, width = numbers.scheme.group_size, numbers.numbers.shape[1]
-    padded = torch.nn.functional.pad(values, (0, width - values.shape[1]))
-    there = padded.view(len(values), -1, group).ne(0).any(2)
+    scheme = numbers.scheme
+    group = scheme.group_size if not scheme.rotated else min(scheme.rotated, values.shape[1])
+
+    def in_groups(tensor: torch.Tensor) -> torch.Tensor:
+        return F.pad(tensor, (0, numbers.scales.shape[1] * group - tensor.shape[1])).view(len(values), -1, group)
+
+    there = in_groups(values).ne(0).any(2)
     lost = there & (numbers.scales == 0)
+    if numbers.least is not None:  # no scale is 0, but all values may be
+        zeros = in_groups(numbers.numbers) == (0 if scheme.offsets else scheme.zero_point)
+        lost = there & zeros.all(2)
     if numbers.offsets is not None:
         lost &= numbers.offsets == 0
     return "its values are too small" if 2 * int(lost.sum()) > int(there.sum()) else ""
@@ -301,8 +326,8 @@ def functions() -> ctypes.CDLL:
     loaded = native.functions(native.INSTRUCTION_SETS[0]) if found is None else found.functions
     pointer, size, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     if loaded.quartet_pack_quantized.argtypes is None:
-        loaded.quartet_pack_quantized.argtypes = (*[pointer] * 3, size, size, small, small, pointer, pointer, small)
-        loaded.quartet_quantize.argtypes = (pointer, *[size] * 3, *[small] * 4, *[pointer] * 3, small)
+        loaded.quartet_pack_quantized.argtypes = (*[pointer] * 4, *[size] * 3, pointer, small)
+        loaded.quartet_quantize.argtypes = (pointer, *[size] * 3, *[small] * 4, *[pointer] * 4, small)
         loaded.quartet_quantized_rows.argtypes = (pointer, *[size] * 3, pointer, pointer, small)
         loaded.quartet_pack_quantized.restype = loaded.quartet_quantize.restype = None
     return loaded

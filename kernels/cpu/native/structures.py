@@ -15,6 +15,7 @@ class Quantized(ctypes.Structure):
         ("halves", ctypes.c_int32),
         ("offsets", ctypes.c_int32),
         ("zero", ctypes.c_int32),
+        ("scale_bits", ctypes.c_int32),
         ("rotated", ctypes.c_int32),
         ("row_bits", ctypes.c_int32),
         ("exact", ctypes.c_int32),

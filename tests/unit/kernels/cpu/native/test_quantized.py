@@ -1,5 +1,7 @@
 """Quantized weights, on every instruction set that this machine has."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from quartet.kernels.cpu.native.quantized import (
     QuantizedRows,
     QuantizedWeight,
     Scheme,
+    misfit,
     quantize,
     rounded,
 )
@@ -26,7 +29,9 @@ SHAPES = [(96, 64), (100, 70), (1, 64), (288, 896)]  # of weights: (rows, column
 ROWS = [1, 2, 3, 4, 7, 9, 17, 33, 65]
 SCHEMES = [Scheme(bits, group, False, 1 << (bits - 1)) for bits in BITS for group in (16, 32)]
 SCHEMES += [Scheme(bits, group, True) for bits in BITS for group in (16, 32)]
-SCHEMES += [LONG_ROWS_INT8]
+WIDE_INT6 = replace(INT6, scale_bits=16)
+BYTES = [INT4, INT6, Scheme(5, 32, False, 16, scale_bits=8), Scheme(8, 32, False, 128, scale_bits=8)]  # as scales
+SCHEMES += [LONG_ROWS_INT8, *BYTES]
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
@@ -41,6 +46,12 @@ def random_numbers(rows: int, columns: int, scheme: Scheme) -> QuantizedRows:
     width = -(-columns // 32) * 32
     numbers = torch.randint(0, 1 << scheme.bits, (rows, width), dtype=torch.uint8)
     shape = rows, width // scheme.group_size
+    if scheme.scale_bits == 8:
+        least = 2.0 ** torch.randint(-20, -16, (rows,))
+        parts, powers = torch.randint(0, 16, shape), torch.randint(0, 14, shape)
+        scales = least.unsqueeze(1) * (1 + parts / 16) * 2.0**powers
+        offsets = -scales * torch.randint(0, 256, shape) / 16 if scheme.offsets else None
+        return QuantizedRows(scheme, numbers, scales, offsets, least)
     scales = (torch.rand(shape) / (1 << scheme.bits)).half().float()
     return QuantizedRows(scheme, numbers, scales, torch.randn(shape).half().float() if scheme.offsets else None)
 
@@ -153,7 +164,8 @@ def test_the_largest_numbers_do_not_overflow_between_two_sums(kernels, scheme, n
     n, k = 32, 64
     own = 0 if number == "least" else (1 << scheme.bits) - 1
     numbers = torch.full((n, k), own, dtype=torch.uint8)
-    part = QuantizedRows(scheme, numbers, torch.ones(n, k // scheme.group_size), None)
+    scales = torch.ones(n, k // scheme.group_size)
+    part = QuantizedRows(scheme, numbers, scales, None, torch.ones(n) / 8 if scheme.scale_bits == 8 else None)
     weight = packed_weight(n, k, part).argument(exact=False)
     for rows in (1, 2, 4):
         out = torch.empty(rows, n)
@@ -165,11 +177,8 @@ def test_the_largest_numbers_do_not_overflow_between_two_sums(kernels, scheme, n
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("scheme", [INT8, INT4, LONG_ROWS_INT8], ids=str)
 def test_norm_bias_gate_and_residual_are_those_of_a_plain_product(kernels, rows, scheme):
-    values = rounded((torch.randn(64, 96) / 8).bfloat16(), scheme)
-    packed, weight = (
-        kernels.pack(values, no_pause),
-        packed_weight(64, 96, quantize(values, scheme)).argument(exact=False),
-    )
+    quantized = packed_weight(64, 96, quantize((torch.randn(64, 96) / 8).bfloat16(), scheme))
+    packed, weight = kernels.pack(quantized.values(0, 64), no_pause), quantized.argument(exact=False)
     x, bias, norm = torch.randn(rows, 96).bfloat16(), torch.randn(64).bfloat16(), torch.rand(96).bfloat16()
     for output, width in (("bf16", 64), ("add", 64), ("gated", 32), ("float", 64)):
         dtype = torch.float32 if output == "float" else torch.bfloat16
@@ -230,7 +239,7 @@ def test_int4_has_a_smaller_error_than_the_step_between_least_and_largest():
     assert error < 0.95 * (plain - weight.float()).square().mean()
 
 
-@pytest.mark.parametrize("scheme", [Scheme(5, 32, False, 16), INT6, Scheme(4, 32, False, 8)], ids=str)
+@pytest.mark.parametrize("scheme", [Scheme(5, 32, False, 16), WIDE_INT6, Scheme(4, 32, False, 8)], ids=str)
 def test_few_bits_without_offsets_have_a_smaller_error_than_steps_up_to_the_largest_value(scheme):
     weight = (torch.randn(256, 256) * 0.02).bfloat16()
     groups = weight.float().view(256, 8, 32)
@@ -240,7 +249,7 @@ def test_few_bits_without_offsets_have_a_smaller_error_than_steps_up_to_the_larg
     assert error < 0.9 * (plain - weight.float()).square().mean()
 
 
-@pytest.mark.parametrize("scheme", [Scheme(5, 32, False, 16), INT6, Scheme(4, 32, False, 8)], ids=str)
+@pytest.mark.parametrize("scheme", [Scheme(5, 32, False, 16), WIDE_INT6, Scheme(4, 32, False, 8)], ids=str)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_few_bits_without_offsets_have_the_number_0_for_the_largest_value_of_either_sign(scheme, sign):
     numbers = torch.randint(0, 2 * scheme.zero_point, (16, 32))
@@ -265,3 +274,36 @@ def test_a_joined_form_holds_the_values_of_both(left, right):
     for scheme in (left, right):
         part = random_numbers(16, 64, scheme)
         assert torch.equal(values_of(part.to(joined), 64), values_of(part, 64))
+
+
+@pytest.mark.parametrize("scheme", BYTES, ids=str)
+@pytest.mark.parametrize("size", [0.02, 100.0])
+def test_scales_of_a_byte_cost_little(scheme, size):
+    """However far apart the groups of a row are: a scale's own step is a sixteenth of it, or less."""
+    weight = (torch.randn(256, 256) * size * 4.0 ** -torch.arange(8).repeat_interleave(32)).bfloat16()
+    error, plain = (
+        (rounded(weight, own).double() - weight.double()).view(256, 8, 32).square().mean((0, 2))
+        for own in (scheme, replace(scheme, scale_bits=16))
+    )
+    assert bool((error < 1.25 * plain).all()), error / plain
+
+
+@pytest.mark.parametrize("scheme", BYTES, ids=str)
+def test_scales_of_a_byte_lie_in_the_sixteen_powers_below_the_largest_of_a_row(scheme):
+    weight = torch.randn(64, 128).bfloat16()
+    weight[:, :32] *= 2.0**-40
+    weight[3] = 0
+    found = quantize(weight, scheme)
+    assert found.least is not None
+    steps = found.scales / found.least.unsqueeze(1)
+    mantissas, powers = torch.frexp(steps)
+    assert bool((steps >= 1).all() and (powers <= 16).all() and (mantissas * 32 == (mantissas * 32).round()).all())
+    values = rounded(weight, scheme)
+    assert not values[:, :32].any() and not values[3].any() and bool(values[:3, 32:].any(1).all())
+
+
+def test_values_that_become_zeros_are_seen_with_scales_of_a_byte():
+    weight = torch.full((1, 64), 1e-20).bfloat16()
+    for scheme in (INT4, INT6):
+        assert "too small" in misfit(weight, quantize(weight, scheme)), scheme
+        assert misfit(torch.randn(1, 64).bfloat16(), quantize(torch.randn(1, 64).bfloat16(), scheme)) == ""
