@@ -1,8 +1,9 @@
 """Quantized weights: as rows (`QuantizedRows`), and in the blocks that the kernels read (`QuantizedWeight`).
 
 A value is scale * (number - zero point), or scale * number + offset, with integers of few bits. 32 numbers of a row, or
-16, form a group: they share a scale and an offset. Both are float16. Or they are bytes: a scale is the least one of its
-row, a power of two, times (1 + m / 16) * 2**e with 0 <= m, e <= 15, and an offset is up to 255 sixteenths of the scale, below 0.
+16, form a group: they share a scale and an offset. Both are float16, or both are bytes. Then a scale is the least one of
+its row, a power of two, times (1 + m / 16) * 2**e with m and e from 0 to 15, and an offset is -scale * b / 16 with b from
+0 to 255.
 """
 
 import ctypes
@@ -134,7 +135,7 @@ class QuantizedRows:
         return QuantizedRows(parts[0].scheme, numbers, scales, offsets, least)
 
     def fits(self) -> bool:
-        """Whether scales and offsets are no larger than float16 can be; others are refused with scales of 8 bits too."""
+        """Whether scales and offsets are no larger than float16 can be, also where they are bytes."""
         return all(bool((part.abs() <= 65504).all()) for part in (self.scales, self.offsets) if part is not None)
 
 
