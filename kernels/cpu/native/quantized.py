@@ -1,9 +1,9 @@
 """Quantized weights: as rows (`QuantizedRows`), and in the blocks that the kernels read (`QuantizedWeight`).
 
 A value is scale * (number - zero point), or scale * number + offset, with integers of few bits. 32 numbers of a row, or
-16, form a group: they share a scale and an offset. Both are float16, or both are bytes. Then a scale is the least one of
-its row, a power of two, times (1 + m / 16) * 2**e with m and e from 0 to 15, and an offset is -scale * b / 16 with b from
-0 to 255.
+16, form a group: they share a scale and an offset. Both are float16, or both are bytes. Then a scale is the least one
+of its row, a power of two, times (1 + m / 16) * 2**e with m and e from 0 to 15, and an offset is -scale * b / 16 with b
+from 0 to 255.
 """
 
 import ctypes
