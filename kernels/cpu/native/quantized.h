@@ -41,7 +41,7 @@ INLINE struct scale_lines scale_lines(const struct quantized *w, int64_t depth) 
     lines.head = w->scale_bits == 8 ? LANES * (int64_t)sizeof(bf16) : 0;
     if (w->rotated)
         lines.shift = rotated_group(depth, w->rotated) == ROTATED ? 2 : 3;
-    lines.block = lines.head + (quantized_units(depth) + (1 << lines.shift) - 1 >> lines.shift) * lines.size;
+    lines.block = lines.head + ((quantized_units(depth) + (1 << lines.shift) - 1) >> lines.shift) * lines.size;
     return lines;
 }
 
@@ -264,7 +264,7 @@ INLINE void expand_units(const struct quantized *w, int bits, int64_t depth, int
     int64_t ahead_units = EXPAND_AHEAD / (64 * bits), turn = units > ahead_units ? units - ahead_units : 0;
     const uint8_t *ahead = numbers + ahead_units * 64 * bits;
     for (int64_t unit = 0; unit < units; unit++, numbers += 64 * bits, ahead += 64 * bits) {
-        const uint8_t *own = scales + (first + unit >> by_block.shift) * by_block.size;
+        const uint8_t *own = scales + ((first + unit) >> by_block.shift) * by_block.size;
         if (unit == turn)
             ahead = soon.numbers;
         _mm_prefetch((const char *)(soon.scales + (unit >> by_block.shift) * by_block.size), _MM_HINT_T0);
