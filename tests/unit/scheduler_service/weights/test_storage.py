@@ -1,5 +1,6 @@
 """Quantized weights: what is chosen, what is served, and what an update makes of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,15 @@ def test_a_slab_whose_tensors_have_several_formats_gets_a_form_for_all():
     assert schemes == {("qkv", (0,)): Scheme(6, 16, offsets=True)}
 
 
+@pytest.mark.parametrize(("kind", "scale_bits"), [("Q4_K", 16), ("Q4_0", 16), ("Q8_0", 8), ("Q6_K", 8)])
+def test_int4_keeps_the_numbers_of_a_file_that_has_four_bits(kind, scale_bits):
+    layout = Layout()
+    layout.add("down", (0,), [("d", 16)], 256)
+    checkpoint = Checkpoint([], {"d": stored(kind)}, indexed=False)
+    schemes = schemes_of("int4", layout, torch.bfloat16, CPU, checkpoint)
+    assert schemes == {("down", (0,)): replace(INT4, scale_bits=scale_bits)}
+
+
 def stored(kind: str) -> StoredTensor:
     """A tensor (16, 256) in that format, without a file."""
     encoding = Encoding(kind, 256, 256, lambda memory: memory, FORMATS[kind][0])
@@ -299,7 +309,9 @@ def test_every_form_of_a_file_takes_values_of_an_update(kind):
     assert error < {4: 0.16, 5: 0.07, 6: 0.04, 8: 0.01}[scheme.bits]
 
 
-@pytest.mark.parametrize("settings", [QUANTIZED, {"dtype": "bfloat16"}], ids=["int8", "file"])
+@pytest.mark.parametrize(
+    "settings", [QUANTIZED, QUANTIZED | {"quantization": "int4"}, {"dtype": "bfloat16"}], ids=["int8", "int4", "file"]
+)
 def test_a_restart_serves_the_same_values_in_the_same_forms(tmp_path, settings):
     original, second = (checkpoints.random_model(tmp_path / str(seed), seed) for seed in (1, 2))
     file = gguf_files.convert(original, tmp_path / "model.gguf", Q8_0)
