@@ -89,7 +89,7 @@ def unmatched(keys: Keys, paths: set[str]) -> Callable[[Request, Exception], Res
         assert isinstance(error, HTTPException), error
         path, own_shape = http.scope["path"], error_responses.shape_for_scope(http.scope)
         if http.method != "OPTIONS" and not keys.allow(Access.USER, http.scope["headers"]):
-            return unauthorized(keys.required_key(Access.USER), own_shape)
+            return unauthorized(keys.required_key(Access.USER, http.scope["headers"]), own_shape)
         if error.status_code == HTTPStatus.NOT_FOUND and path.rstrip("/") in paths:
             query = http.scope["query_string"].decode("latin-1")
             return RedirectResponse(path.rstrip("/") + (f"?{query}" if query else ""), 307)

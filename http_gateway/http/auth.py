@@ -58,13 +58,22 @@ class Keys:
         matches = sum(hmac.compare_digest(one, other) for one, other in pairs)  # all are compared, whichever matches
         return matches > 0 or not accepted
 
-    def required_key(self, access: Access) -> str:
-        """Which key a refused request should have carried, for people."""
+    def required_key(self, access: Access, headers: HeaderList) -> str:
+        """Which key a refused request should have carried, and what it has instead, for people."""
         if access is Access.ADMIN and self._admin:
             other = "; the ordinary key does not open it" if self._user else ""
-            return f"This path needs the admin key (--admin-api-key), {SENT_AS}{other}."
+            return f"This path needs the admin key (--admin-api-key), {SENT_AS}{other}. {found_instead(headers)}"
         other = "; the admin key does not open it" if self._admin else ""
-        return f"This path needs the server's key (--api-key), {SENT_AS}{other}."
+        return f"This path needs the server's key (--api-key), {SENT_AS}{other}. {found_instead(headers)}"
+
+
+def found_instead(headers: HeaderList) -> str:
+    """What a refused request has in place of the right key; the key itself is not repeated."""
+    if bearer(headers) or single(headers, API_KEY):
+        return "The request has another key."
+    if any(name in (BEARER, API_KEY) and value for name, value in headers):
+        return "The request has such a header twice, or one of another form."
+    return "The request has no key."
 
 
 def bearer(headers: HeaderList) -> bytes:

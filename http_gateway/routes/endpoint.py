@@ -135,7 +135,7 @@ class Guarded:
             await (own(of_foreign_page(page)) if own else refusal(page))(scope, receive, send)
             return
         if not self._keys.allow(endpoint.access, scope["headers"]):
-            await unauthorized(self._keys.required_key(endpoint.access), own)(scope, receive, send)
+            await unauthorized(self._keys.required_key(endpoint.access, scope["headers"]), own)(scope, receive, send)
             return
         try:
             response = await endpoint.handler(self._gateway, Request(scope, receive, send))

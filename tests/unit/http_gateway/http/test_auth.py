@@ -63,6 +63,23 @@ async def test_a_401_says_which_key_is_wanted_and_repeats_none(keys: dict[str, s
 
 
 @pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({}, "The request has no key."),
+        ({"authorization": "Bearer other"}, "The request has another key."),
+        ({"x-api-key": "other"}, "The request has another key."),
+        ({"authorization": "Basic other"}, "The request has such a header twice, or one of another form."),
+        ({"x-api-key": "k", "X-Api-Key": "k"}, "The request has such a header twice, or one of another form."),
+    ],
+)
+@asynchronous
+async def test_a_401_says_what_the_request_has_instead_of_the_key(headers: dict[str, str], said: str) -> None:
+    async with served(api_key="k") as server:
+        answer = await server.client.get("/v1/models", headers=headers)
+        assert answer.status == 401 and answer.json()["message"].endswith(said)
+
+
+@pytest.mark.parametrize(
     ("headers", "status"),
     [
         ({"x-api-key": "k"}, 200),
